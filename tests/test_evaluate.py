@@ -1,0 +1,334 @@
+"The metrics against slow literal versions, pycocotools, the real labels of the challenge, and bad input"
+import base64, importlib.util, re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2, matplotlib, numpy as np, pandas as pd, pytest
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import roc_auc_score
+from lungdet.evaluate import *
+from lungdet.formats import Annotations
+
+XYXY,L = ['x1','y1','x2','y2'],'Lung Opacity'
+
+def frame(boxes, score=None): # {image: [[x,y,w,h], ...]}
+    df = pd.DataFrame([(i,x,y,x+w,y+h,L) for i,bs in boxes.items() for x,y,w,h in bs], columns=['image_id',*XYXY,'label'])
+    return df if score is None else df.assign(score=np.asarray(score, dtype=float))
+def annot(boxes, classes=(L,), **cols): return Annotations(pd.DataFrame({'image_id':list(boxes), 'height':1024, 'width':1024, **cols}), frame(boxes), list(classes))
+def ranked(boxes): return frame(boxes, np.linspace(.9,.5,sum(map(len,boxes.values()))))
+
+# ---------- a slow, literal version of the challenge's metric ----------
+def slow_iou(a, b):
+    w,h = min(a[2],b[2])-max(a[0],b[0]), min(a[3],b[3])-max(a[1],b[1])
+    if w<=0 or h<=0: return 0.
+    return w*h/((a[2]-a[0])*(a[3]-a[1])+(b[2]-b[0])*(b[3]-b[1])-w*h)
+
+def slow_image(gt, preds, strict):
+    if not gt and not preds: return None
+    if not gt or not preds: return 0.
+    total = 0.
+    for thr in (.4,.45,.5,.55,.6,.65,.7,.75):
+        taken,tp,fp = set(),0,0
+        for p in preds:
+            best,at = -1.,None
+            for k,g in enumerate(gt):
+                if k not in taken and slow_iou(p,g)>best: best,at = slow_iou(p,g),k
+            if at is not None and (best>thr if strict else best>=thr): tp += 1; taken.add(at)
+            else: fp += 1
+        total += tp/(tp+fp+len(gt)-len(taken))
+    return total/8
+
+def slow_rsna(ann, preds, threshold=0., strict=True):
+    res = []
+    for i in ann.images.image_id:
+        rows = [r for r in preds.to_dict('records') if r['image_id']==i and r['score']>=threshold]
+        rows = sorted(rows, key=lambda r: -r['score']) # Python's sort is stable
+        s = slow_image([[r[c] for c in XYXY] for r in ann.boxes.to_dict('records') if r['image_id']==i], [[r[c] for c in XYXY] for r in rows], strict)
+        if s is not None: res.append(s)
+    return np.mean(res) if res else np.nan
+
+def random_case(seed, classes=(L,)):
+    "Few coordinates and few scores, so that overlaps and confidences tie often"
+    rng = np.random.default_rng(seed)
+    def boxes(n, step):
+        xy,wh = rng.integers(0,6,(n,2))*step,rng.integers(1,6,(n,2))*step
+        return np.concatenate([xy,xy+wh],1).astype(float)
+    ids = [f'i{k}' for k in range(rng.integers(1,7))]
+    step = rng.choice([10,20,33])
+    def table(mean):
+        who = rng.choice(ids, rng.poisson(mean*len(ids)))
+        return pd.DataFrame(boxes(len(who),step), columns=XYXY).assign(image_id=pd.Series(who, dtype=object), label=rng.choice(list(classes), len(who)))
+    preds = table(2)
+    preds['score'] = rng.integers(0,6,len(preds))/5 if seed%2 else rng.random(len(preds))
+    return Annotations(pd.DataFrame({'image_id':ids, 'height':1024, 'width':1024}), table(1.2), list(classes)),preds
+
+# ---------- the challenge's metric ----------
+ONE,BESIDE,TIGHT,WIDE = [[100,100,200,200]],[[0,0,100,100],[100,0,100,100]],[0,0,100,100],[0,0,200,100]
+@pytest.mark.parametrize('gt,pred,strict,loose', [
+    (ONE, [[100,100,300,200]], .75, .75), (ONE, [[100,100,400,200]], .25, .375), (ONE, [[100,100,200,150]], .875, 1),
+    (BESIDE, [TIGHT], .5, .5), (ONE, ONE*2, .5, .5), (ONE, ONE+[[600,600,90,90]], .5, .5),
+    (BESIDE, [TIGHT,WIDE], .5, 14/24), (BESIDE, [WIDE,TIGHT], 1/3, 1/3), (BESIDE[::-1], [WIDE,TIGHT], .5, 14/24)])
+def test_rsna_reference_rows(gt, pred, strict, loose):
+    ann,p = annot({'a':gt}), ranked({'a':pred})
+    assert rsna_score(ann, p)==pytest.approx(strict, abs=1e-12)
+    assert rsna_score(ann, p, strict=False)==pytest.approx(loose, abs=1e-12)
+    assert slow_rsna(ann, p)==pytest.approx(strict, abs=1e-12) # the slow version is itself held to the table
+
+def test_rsna_empty_sides():
+    ann = annot({'a':ONE, 'b':[], 'c':[]})
+    each = rsna_score(ann, frame({'a':ONE,'b':ONE}, [.9,.9]), per_image=True)
+    assert each['a']==1 and each['b']==0 and np.isnan(each['c']) and list(each.index)==['a','b','c']
+    assert rsna_score(ann, frame({}, [])) == 0
+    assert np.isnan(rsna_score(annot({'c':[]}), frame({}, [])))
+    assert rsna_score(annot({'c':[]}), frame({'c':ONE},[.1]))==0
+
+def test_rsna_threshold_keeps_equal_scores():
+    ann,p = annot({'a':ONE,'b':[]}), frame({'a':ONE,'b':ONE}, [.5,.25])
+    assert [rsna_score(ann,p,t) for t in (0,.25,.26,.5,.51)]==[.5,.5,1,1,0]
+
+@pytest.mark.parametrize('strict', [True,False])
+def test_rsna_equals_slow_version(strict):
+    for seed in range(400):
+        ann,p = random_case(seed)
+        for t in (0.,.4): assert rsna_score(ann,p,t,strict)==pytest.approx(slow_rsna(ann,p,t,strict), abs=1e-12, nan_ok=True), seed
+
+def test_sweep_equals_scores_one_by_one():
+    for seed in range(150):
+        ann,p = random_case(seed)
+        sweep = threshold_sweep(ann, p)
+        assert list(sweep.threshold)==sorted(p.score.unique(), reverse=True)
+        assert sweep.rsna.to_numpy()==pytest.approx(np.array([rsna_score(ann,p,t) for t in sweep.threshold]), abs=1e-12)
+        t,s = best_threshold(ann, p)
+        assert s==pytest.approx(sweep.rsna.max() if len(p) else rsna_score(ann,p), abs=1e-12, nan_ok=True)
+        if len(p): assert t==sweep.threshold[sweep.rsna>s-1e-9].max()
+
+def test_best_threshold_without_predictions():
+    assert best_threshold(annot({'a':ONE}), frame({}, []))==(1.,0.)
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1000,10**6))
+def test_order_of_rows_does_not_matter_without_ties(seed):
+    ann,p = random_case(seed*2)
+    q = p.sample(frac=1, random_state=0)
+    assert rsna_score(ann,p)==pytest.approx(rsna_score(ann,q), abs=1e-12, nan_ok=True)
+    assert froc(ann,p).equals(froc(ann,q)) and image_level(ann,p).equals(image_level(ann,q))
+
+def test_class_must_agree():
+    ann = annot({'a':ONE}, classes=[L,'Nodule'])
+    wrong = frame({'a':ONE}, [.9]).assign(label='Nodule')
+    assert rsna_score(ann,wrong)==0 and precision_recall(ann,wrong).tp.tolist()==[0]
+    assert rsna_score(ann, pd.concat([wrong,frame({'a':ONE},[.8])]))==.5
+
+# ---------- the real labels: floors and ceilings ----------
+@pytest.fixture(scope='module')
+def real():
+    spec = importlib.util.find_spec('torchxrayvision') # only located, never imported
+    if spec is None: pytest.skip('torchxrayvision, which carries the real labels, is not installed')
+    df = pd.read_csv(Path(spec.origin).parent/'data'/'kaggle_stage_2_train_labels.csv.zip')
+    b = df[df.Target==1]
+    boxes = pd.DataFrame(dict(image_id=b.patientId, x1=b.x, y1=b.y, x2=b.x+b.width, y2=b.y+b.height, label=L))
+    images = pd.DataFrame({'image_id':df.patientId.unique(), 'height':1024, 'width':1024})
+    return Annotations(images, boxes, [L])
+
+def test_real_label_facts(real):
+    n = lesion_counts(real)
+    assert len(real)==26684 and len(real.boxes)==9555
+    assert n[n>0].value_counts().sort_index().to_dict()=={1:2614, 2:3266, 3:119, 4:13}
+
+def test_real_nothing_predicted(real): assert rsna_score(real, real.boxes[:0].assign(score=1.))==0
+
+def test_real_two_median_boxes(real):
+    left = real.boxes.index[(real.boxes.x1+real.boxes.x2)<1024]
+    med = [real.boxes.loc[left,XYXY].median(), real.boxes.drop(left)[XYXY].median()]
+    def both(ids): return pd.concat([pd.DataFrame([m]*len(ids), columns=XYXY).assign(image_id=list(ids), label=L, score=s) for m,s in zip(med,(.9,.8))], ignore_index=True)
+    everywhere = both(real.images.image_id)
+    assert rsna_score(real, everywhere)==pytest.approx(.021, abs=.0006)
+    assert rsna_score(real, both(real.boxes.image_id.unique()))==pytest.approx(.095, abs=.0006)
+
+@pytest.mark.parametrize('share,score', [(.05,.853),(.1,.744),(.2,.593),(.3,.492)])
+def test_real_perfect_with_alarms(real, share, score):
+    neg = real.images.image_id[~real.images.image_id.isin(real.boxes.image_id)]
+    extra = neg.iloc[:round(len(neg)*share)].to_frame().assign(x1=100, y1=100, x2=300, y2=300, label=L)
+    assert rsna_score(real, pd.concat([real.boxes,extra]).assign(score=.9))==pytest.approx(score, abs=.0005)
+
+@pytest.mark.parametrize('k,score', [(.875,1),(.85,.875),(.8,.625)])
+def test_real_shrunk_truth(real, k, score):
+    b = real.boxes[XYXY].to_numpy()
+    c,half = (b[:,:2]+b[:,2:])/2,(b[:,2:]-b[:,:2])/2*k
+    p = real.boxes.assign(score=.9)
+    p[XYXY] = np.concatenate([c-half,c+half],1)
+    assert rsna_score(real, p)==pytest.approx(score, abs=1e-3)
+
+def test_real_size_runs_through_everything(real):
+    rng = np.random.default_rng(0)
+    n = 60000
+    xy = rng.uniform(0,700,(n,2)); wh = rng.uniform(60,300,(n,2))
+    fp = pd.DataFrame(np.concatenate([xy,xy+wh],1), columns=XYXY).assign(image_id=rng.choice(real.images.image_id, n), label=L, score=rng.random(n)*.8)
+    p = pd.concat([real.boxes.assign(score=rng.beta(5,2,len(real.boxes))), fp], ignore_index=True)
+    t,s = best_threshold(real, p)
+    assert s==pytest.approx(rsna_score(real,p,t), abs=1e-12) and s>rsna_score(real,p)
+    assert 0<froc(real,p)['mean']<1 and 0<coco_map(real,p).AP50<1
+
+# ---------- COCO ----------
+def pycoco(ann, preds):
+    import contextlib, io
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    num = {o:i+1 for i,o in enumerate(ann.images.image_id)}
+    def rows(df): return [dict(id=k+1, image_id=num[r['image_id']], category_id=ann.classes.index(r['label'])+1, iscrowd=0, score=r.get('score'),
+        bbox=[r['x1'],r['y1'],r['x2']-r['x1'],r['y2']-r['y1']], area=(r['x2']-r['x1'])*(r['y2']-r['y1'])) for k,r in enumerate(df.to_dict('records'))]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(); gt.dataset = dict(images=[dict(id=i) for i in num.values()], annotations=rows(ann.boxes), categories=[dict(id=i+1,name=c) for i,c in enumerate(ann.classes)])
+        gt.createIndex()
+        ev = COCOeval(gt, gt.loadRes(rows(preds)), 'bbox'); ev.evaluate(); ev.accumulate(); ev.summarize()
+    return pd.Series(ev.stats[[0,1,2,8]]).replace(-1,np.nan).to_numpy()
+
+def test_coco_equals_pycocotools():
+    n = 0
+    for seed in range(120):
+        ann,p = random_case(seed, classes=(L,) if seed%3 else (L,'Nodule'))
+        if not len(p): continue
+        n += 1
+        assert coco_map(ann,p).to_numpy()==pytest.approx(pycoco(ann,p), abs=1e-9, nan_ok=True), seed
+    assert n>100
+
+def test_coco_more_than_100_boxes_on_an_image():
+    ann = annot({'a':ONE})
+    p = pd.concat([frame({'a':[[600,600,50,50]]*120}, np.full(120,.9)), frame({'a':ONE},[.5])], ignore_index=True)
+    assert coco_map(ann,p).tolist()==pytest.approx(pycoco(ann,p).tolist()) and coco_map(ann,p).AP50==0
+
+def test_coco_empty_sides():
+    assert coco_map(annot({'a':ONE}), frame({},[])).tolist()==[0]*4
+    assert coco_map(annot({'a':[]}), frame({'a':ONE},[.5])).isna().all()
+    assert coco_map(annot({'a':[]}), frame({},[])).isna().all()
+
+# ---------- precision, recall, FROC ----------
+def slow_tp(ann, preds, thr): # hits and false positives by greedy matching, IoU > thr
+    tp = 0
+    for i in ann.images.image_id:
+        gt = ann.boxes.loc[ann.boxes.image_id==i, XYXY].values.tolist(); free = set(range(len(gt)))
+        for b in preds[preds.image_id==i].sort_values('score', ascending=False, kind='stable')[XYXY].values.tolist():
+            o = max(free, key=lambda k: (slow_iou(b,gt[k]),-k), default=None)
+            if o is not None and slow_iou(b,gt[o])>thr: free.remove(o); tp += 1
+    return tp
+
+def test_precision_recall_equals_slow_version():
+    for seed in range(60):
+        ann,p = random_case(seed)
+        for r in precision_recall(ann,p,iou=.3).itertuples():
+            kept = p[p.score>=r.score]; tp = slow_tp(ann,kept,.3); fp,fn = len(kept)-tp,len(ann.boxes)-tp
+            assert (r.tp,r.fp)==(tp,fp) and r.precision==pytest.approx(tp/(tp+fp))
+            if len(ann.boxes): assert r.recall==pytest.approx(tp/(tp+fn)) and r.f1==pytest.approx(2*tp/(2*tp+fp+fn))
+
+def test_froc_by_hand():
+    ids = {f'i{k}':(ONE if k<4 else []) for k in range(8)} # 4 lesions on 8 images
+    p = frame({'i0':ONE,'i4':ONE,'i1':ONE,'i5':ONE,'i2':ONE}, [.9,.8,.7,.6,.5]) # hit, fp, hit, fp, hit
+    res = froc(annot(ids), p)
+    assert res.tolist()[:-1]==[.5,.75,.75,.75,.75,.75,.75] and res['mean']==pytest.approx(np.mean([.5]+[.75]*6))
+    assert list(res.index)==['1/8','1/4','1/2','1','2','4','8','mean']
+    assert froc(annot(ids), p[:0]).tolist()==[0]*8 and froc(annot({'a':[]}), frame({'a':ONE},[.5])).isna().all()
+    assert froc(annot({'a':ONE}), frame({'a':[[800,800,9,9]]+ONE},[.9,.8])).tolist()[:4]==[0,0,0,1] # nothing before the first false positive
+
+# ---------- image level ----------
+def test_image_level_equals_scikit_learn():
+    for seed in range(60):
+        ann,p = random_case(seed)
+        pos = lesion_counts(ann).to_numpy()>0; called = ann.images.image_id.isin(p.image_id[p.score>=.5]).to_numpy(); lv = image_level(ann,p,.5)
+        assert lv[['tp','fp','fn','tn']].tolist()==[(pos&called).sum(),(~pos&called).sum(),(pos&~called).sum(),(~pos&~called).sum()]
+        assert lv.accuracy==pytest.approx((pos==called).mean())
+        if 0<pos.sum()<len(pos): assert lv.AUC==pytest.approx(roc_auc_score(pos, [p.score[p.image_id==i].max() if (p.image_id==i).any() else 0 for i in ann.images.image_id]))
+        else: assert np.isnan(lv.AUC)
+
+def test_image_without_predictions_is_never_called():
+    lv = image_level(annot({'a':ONE,'b':[]}), frame({},[]), threshold=0)
+    assert lv.tp==lv.fp==0 and np.isnan(lv.PPV) and lv.specificity==1
+
+# ---------- intervals ----------
+def test_bootstrap_is_seeded_and_covers():
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=200)
+    assert bootstrap_ci(v, n=200)==bootstrap_ci(v, n=200)!=bootstrap_ci(v, n=200, seed=1)
+    inside = sum(lo<=0<=hi for lo,hi in (bootstrap_ci(rng.normal(size=80), n=300) for _ in range(200)))
+    assert 180<=inside<=199 # nominally 190
+
+def test_bootstrap_groups_and_nan():
+    v = np.random.default_rng(0).normal(size=300)
+    w = lambda o: o[1]-o[0]
+    one,two = bootstrap_ci(v), bootstrap_ci(np.r_[v,v], groups=np.r_[:300,:300])
+    assert w(two)==pytest.approx(w(one)) and w(bootstrap_ci(np.r_[v,v]))<.85*w(one)
+    assert bootstrap_ci(v, groups=[None]*300)==pytest.approx(one)      # unknown patients are different people
+    assert bootstrap_ci(v, groups=pd.array([None]*150+['p']*150, dtype='string'))!=one
+    assert np.isnan(bootstrap_ci([np.nan]*5)).all() and np.isnan(bootstrap_ci([])).all()
+    assert bootstrap_ci(np.r_[np.ones(9),np.nan], n=50)==(1,1)
+    with pytest.raises(ValueError, match='300 values but 2 groups'): bootstrap_ci(v, groups=[1,2])
+
+# ---------- bad input ----------
+@pytest.mark.parametrize('change,match', [
+    (lambda p: p.drop(columns=['score','label']), r"lack \['label', 'score'\]"), (lambda p: p.assign(image_id='z'), 'no image of this id'),
+    (lambda p: p.assign(image_id=[7,8,9]), 'read as numbers'), (lambda p: p.assign(x1=[1,np.nan,1]), '1 of 3 rows: a coordinate or score is not a number'),
+    (lambda p: p.assign(x1=p.x2, x2=p.x1), 'xywh'), (lambda p: p.assign(y2=p.y1), 'xywh'), (lambda p: p.assign(score=[.1,1.2,.3]), 'row 1'),
+    (lambda p: p.assign(score=[.1,np.nan,.3]), 'not a number'), (lambda p: p.assign(score=-.1), 'logits'), (lambda p: p.assign(x1=['a','b','c']), 'not a number'),
+    (lambda p: p.assign(x2=np.inf), 'not a number'), (lambda p: p.assign(label='opacity'), 'a label that is none of')])
+def test_bad_predictions(change, match):
+    ann,p = annot({'a':ONE,'b':[]}), ranked({'a':ONE*2,'b':ONE})
+    for f in (rsna_score, best_threshold, coco_map, precision_recall, froc, image_scores, image_level, lambda a,q: Report(a,q,'x')):
+        with pytest.raises(ValueError, match=match): f(ann, change(p))
+
+def test_inputs_are_left_alone():
+    ann,p = annot({'a':ONE,'b':[]}), ranked({'a':ONE*2,'b':ONE})
+    before = p.copy(), ann.images.copy(), ann.boxes.copy()
+    for f in (rsna_score, best_threshold, coco_map, precision_recall, froc, image_scores, image_level): f(ann, p)
+    for x,y in zip(before,(p,ann.images,ann.boxes)): pd.testing.assert_frame_equal(x,y)
+
+# ---------- the report ----------
+class Page(HTMLParser):
+    VOID = {'meta','img','br','link'}
+    def __init__(self): super().__init__(); self.stack,self.tags,self.text,self.src = [],[],'',[]
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag); self.src += [v for k,v in attrs if k in ('src','href')]
+        if tag not in self.VOID: self.stack.append(tag)
+    def handle_endtag(self, tag): assert self.stack.pop()==tag
+    def handle_data(self, d): self.text += d
+
+@pytest.fixture
+def case(tmp_path):
+    cv2.imwrite(str(tmp_path/'a.png'), np.random.default_rng(0).integers(0,255,(256,256)).astype(np.uint8)) # a quarter of the original
+    ids = {'a':ONE,'b':[],'c':ONE,'d':[]}
+    ann = annot(ids, path=[str(tmp_path/'a.png'),None,str(tmp_path/'gone.png'),None], patient_id=['p','p','q',None])
+    return ann, frame({'a':[[110,110,200,200]],'b':[[300,300,200,100]]}, [.9,.4])
+
+def test_report_figures(case):
+    r = Report(*case, 'm')
+    assert r.threshold==.9 and r.rsna.dropna().to_dict()=={'a':rsna_score(case[0],case[1],.9,per_image=True)['a'],'c':0}
+    assert r.cases(2)=={'best':['a'],'worst':[],'missed':['c'],'false alarm':[]}
+    assert Report(*case,'m',threshold=.3).cases(2)['false alarm']==['b']
+    assert r.table().shape[0]==1 and r.table().index[0]=='m' and ' to ' in r.table().RSNA['m']
+    fig = r.gallery(1)
+    box = [p for p in fig.axes[0].patches if p.get_edgecolor()==matplotlib.colors.to_rgba('#2ca02c')][0]
+    assert box.get_bbox().bounds==pytest.approx((25,25,50,50)) # in the pixels of the small picture
+    assert 'no picture' in fig.axes[2].get_title() and fig.axes[3].get_title()=='false alarm: none'
+    plt.close('all')
+
+def test_report_page(case, tmp_path):
+    evil = '<script>alert("x")</script> & co'
+    info = {'data':'rsna <sub>', 'split':pd.DataFrame({'split':['train','valid'],'images':[3,4]}), 'knobs':{'lr':1e-3,'long':'z'*200}}
+    path = save_report([Report(*case,evil), Report(*case,'second',threshold=.3)], tmp_path/'new'/'report.html', info)
+    assert [o.name for o in path.parent.iterdir()]==['report.html'] # nothing half-written beside it
+    text = path.read_text(encoding='utf-8'); page = Page(); page.feed(text); page.close()
+    assert not page.stack and 'script' not in page.tags and 'link' not in page.tags and page.tags.count('img')==4
+    assert all(o.startswith('data:image/png;base64,') for o in page.src) and not re.search(r'https?://', text)
+    assert page.text.count(evil)>=2 and 'rsna <sub>' in page.text and 'z'*200 in page.text and 'Not for clinical use' in page.text
+    for o in page.src: assert cv2.imdecode(np.frombuffer(base64.b64decode(o.split(',')[1], validate=True), np.uint8), 1).shape[2]==3
+    assert not plt.get_fignums() # figures are closed
+    save_report(Report(*case,'only'), path)
+    assert 'only' in path.read_text() and 'second' not in path.read_text()
+    with pytest.raises(ValueError, match='no report'): save_report([], path)
+
+@pytest.mark.parametrize('ids,preds', [({'a':ONE,'b':[]}, {}), ({'a':[],'b':[]}, {'a':ONE}), ({'a':[],'b':[]}, {}), ({'a':ONE}, {'a':ONE})])
+@pytest.mark.filterwarnings('error')
+def test_report_of_one_sided_data(ids, preds, tmp_path):
+    r = Report(annot(ids), frame(preds, np.full(len(preds),.5)), 'm', n_boot=20)
+    assert 'm' in save_report(r, tmp_path/'r.html').read_text()
