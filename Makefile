@@ -9,7 +9,7 @@ ifdef LUNGDET_DATA
 export LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
 endif
 
-.PHONY: help env course test check lab outputs readme clean
+.PHONY: help env course test notebooks pytest check lab outputs readme clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -25,8 +25,12 @@ $(READY): constraints.txt pyproject.toml
 course: $(READY) ## Run the whole course and write _course/report.html (LUNGDET_DATA=folder for the real challenge)
 	$(BIN)/python tools/course.py
 
-test: $(READY) check ## Export check, every notebook, every test
+test: check notebooks pytest ## Export check, every notebook, every test
+
+notebooks: $(READY) ## Run every notebook as a test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+
+pytest: $(READY) ## Run the tests in tests/
 	$(BIN)/python -m pytest
 
 check: $(READY) ## Are modules and README what the notebooks say?
@@ -36,7 +40,7 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 outputs: $(READY) ## Run the notebooks in place, in order, to renew the outputs that they keep
-	$(BIN)/python tools/outputs.py
+	$(BIN)/python tools/course.py --in-place && $(BIN)/nbdev_clean
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

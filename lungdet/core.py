@@ -365,14 +365,15 @@ def _real():
         raise ValueError(f"LUNGDET_DATA is '{v}', where {missing} cannot be found: lay it out as data/README.md says")
     return Path(v).expanduser()
 
-# %% ../nbs/00_core.ipynb #6100c308
+# %% ../nbs/00_core.ipynb #d7a73d8a
 def work_path(*parts)->Path:
     "Where chapters put what they make, joined with `parts`: below `LUNGDET_WORK`, or `data/work` of a checkout, or `~/.cache/lungdet`"
     real,repo = _real(),_repo()
     base = os.environ.get('LUNGDET_WORK') or (repo/'data'/'work' if repo else Path.home()/'.cache'/'lungdet')
     name = f'{real.resolve().name}-{uuid.uuid5(uuid.NAMESPACE_URL, str(real.resolve())).hex[:8]}' if real else 'synthetic'
-    (p := Path(base).expanduser()/name).mkdir(parents=True, exist_ok=True)
-    return p.joinpath(*map(str,parts))
+    p = Path(base).expanduser().joinpath(name, *map(str,parts))
+    (p.parent if parts else p).mkdir(parents=True, exist_ok=True)
+    return p
 
 def data_path(n=24)->Path:
     "The RSNA folder that `LUNGDET_DATA` names; without it the committed sample, or `n` synthetic studies made once if that is too small"

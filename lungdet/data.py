@@ -17,7 +17,7 @@ from .dicom import read_dicom, to_gray, enhance, resize
 from .boxes import area, clip_boxes, scale_boxes
 from .formats import Annotations
 
-# %% ../nbs/05_data.ipynb #fb9820a1
+# %% ../nbs/05_data.ipynb #442cdda4
 def split_patients(
     ann:Annotations, # Images with a `patient_id`
     valid:float=.2, # Share of patients for validation
@@ -28,8 +28,9 @@ def split_patients(
     ims = ann.images
     worst = (ims.image_id.isin(ann.boxes.image_id)*2 + (ims.category!='Normal').fillna(False)).groupby(ims.patient_id.fillna(ims.image_id)).max()
     if len(worst)<2: raise ValueError("all images are of one patient, who cannot be on both sides")
-    strata = worst if worst.value_counts().min()>1 else None
-    held = train_test_split(worst.index, test_size=valid, random_state=seed, stratify=strata)[1]
+    n = min(max(1,round(valid*len(worst))), len(worst)-1) # patients for validation
+    enough = worst.value_counts().min()>1 and min(n,len(worst)-n)>=worst.nunique()
+    held = train_test_split(worst.index, test_size=n, random_state=seed, stratify=worst if enough else None)[1]
     split = ims.patient_id.fillna(ims.image_id).isin(held).map({True:'valid',False:'train'})
     return Annotations(ims.assign(split=split), ann.boxes, ann.classes)
 

@@ -51,19 +51,20 @@ def slow_rsna(ann, preds, threshold=0., strict=True):
     return np.mean(res) if res else np.nan
 
 def random_case(seed, classes=(L,)):
-    "Few coordinates and few scores, so that overlaps and confidences tie often"
+    "Few coordinates and few scores, so that overlaps and confidences tie often; every fourth case is crowded, with two scores at most"
     rng = np.random.default_rng(seed)
     def boxes(n, step):
         xy,wh = rng.integers(0,6,(n,2))*step,rng.integers(1,6,(n,2))*step
         return np.concatenate([xy,xy+wh],1).astype(float)
-    ids = [f'i{k}' for k in range(rng.integers(1,7))]
+    crowded = seed%4==3
+    ids = [f'i{k}' for k in range(2 if crowded else rng.integers(1,7))]
     step = rng.choice([10,20,33])
     def table(mean):
         who = rng.choice(ids, rng.poisson(mean*len(ids)))
         return pd.DataFrame(boxes(len(who),step), columns=XYXY).assign(image_id=pd.Series(who, dtype=object), label=rng.choice(list(classes), len(who)))
-    preds = table(2)
-    preds['score'] = rng.integers(0,6,len(preds))/5 if seed%2 else rng.random(len(preds))
-    return Annotations(pd.DataFrame({'image_id':ids, 'height':1024, 'width':1024}), table(1.2), list(classes)),preds
+    preds,truth = table(12 if crowded else 2),table(4 if crowded else 1.2)
+    preds['score'] = rng.integers(0,2,len(preds))/2 if crowded else rng.integers(0,6,len(preds))/5 if seed%2 else rng.random(len(preds))
+    return Annotations(pd.DataFrame({'image_id':ids, 'height':1024, 'width':1024}), truth, list(classes)),preds
 
 # ---------- the challenge's metric ----------
 ONE,BESIDE,TIGHT,WIDE = [[100,100,200,200]],[[0,0,100,100],[100,0,100,100]],[0,0,100,100],[0,0,200,100]
@@ -76,6 +77,21 @@ def test_rsna_reference_rows(gt, pred, strict, loose):
     assert rsna_score(ann, p)==pytest.approx(strict, abs=1e-12)
     assert rsna_score(ann, p, strict=False)==pytest.approx(loose, abs=1e-12)
     assert slow_rsna(ann, p)==pytest.approx(strict, abs=1e-12) # the slow version is itself held to the table
+
+def test_equal_scores_keep_the_order_of_the_table():
+    far = [[600,600,50,50]]*30 # enough rows that an unstable sort would mix them
+    ann = annot({'a':BESIDE+far})
+    first,last = (frame({'a':b}, np.full(32,.5)) for b in ([TIGHT,WIDE]+far, [WIDE,TIGHT]+far))
+    assert rsna_score(ann,first)==pytest.approx(slow_rsna(ann,first)) and rsna_score(ann,last)==pytest.approx(slow_rsna(ann,last))
+    assert rsna_score(ann,first)>rsna_score(ann,last)
+
+def test_sorting_is_stable():
+    rng = np.random.default_rng(0)
+    ids = {f'i{k}':[] for k in range(50)}
+    q = pd.DataFrame({'image_id':rng.choice(list(ids),5000), 'x1':0, 'y1':0, 'x2':9, 'y2':9, 'label':L, 'score':rng.integers(1,3,5000)/2, 'nth':range(5000)})
+    got = match_detections(annot(ids), q)[0]
+    want = sorted(q.to_dict('records'), key=lambda o: (list(ids).index(o['image_id']),-o['score'])) # Python's sort is stable
+    assert got.nth.tolist()==[o['nth'] for o in want]
 
 def test_rsna_empty_sides():
     ann = annot({'a':ONE, 'b':[], 'c':[]})

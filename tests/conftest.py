@@ -1,0 +1,18 @@
+import importlib.util, os
+from pathlib import Path
+import pandas as pd, pytest
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+@pytest.fixture(scope='session')
+def challenge_labels():
+    "All label rows of the challenge, from the wheel of torchxrayvision"
+    folder = Path(importlib.util.find_spec('torchxrayvision').submodule_search_locations[0])/'data'
+    return pd.read_csv(folder/'kaggle_stage_2_train_labels.csv.zip')
+
+@pytest.fixture(scope='session')
+def challenge_boxes(challenge_labels):
+    "Its 9,555 boxes in pixels of 1024, (n,4)"
+    import torch
+    from lungdet.boxes import xywh2xyxy
+    df = challenge_labels[challenge_labels.Target==1]
+    return xywh2xyxy(torch.tensor(df[['x','y','width','height']].to_numpy(), dtype=torch.float32))

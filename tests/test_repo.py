@@ -1,0 +1,74 @@
+"Rules of the repository: one place for requirements, notebooks and modules in step, no traces of a machine"
+import configparser, json, re, tomllib
+from importlib.metadata import version
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = configparser.ConfigParser(); SETTINGS.read(ROOT/'settings.ini')
+PYPROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())
+NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
+CHAPTERS = [o for o in NBS if o.name[:2].isdigit()]
+cells = lambda nb: json.loads(nb.read_text())['cells']
+source = lambda c: ''.join(c['source'])
+name = lambda req: re.split(r'[<>=!~ \[]', req)[0].lower().replace('_','-')
+
+def test_requirements_are_the_same_in_both_places():
+    s,p = SETTINGS['DEFAULT'],PYPROJECT['project']
+    assert s['requirements'].split()==p['dependencies']
+    assert s['dev_requirements'].split()==p['optional-dependencies']['dev']
+    assert f">={s['min_python']}"==p['requires-python'] and s['description']==p['description']
+
+def test_every_direct_dependency_has_an_exact_version():
+    p = PYPROJECT['project']
+    pinned = {name(l):l for l in (ROOT/'constraints.txt').read_text().splitlines() if l and not l.startswith('#')}
+    assert all('==' in l for l in pinned.values())
+    for req in sum(p['optional-dependencies'].values(), p['dependencies']): assert name(req) in pinned, f'{req} has no line in constraints.txt'
+
+def test_this_environment_is_the_pinned_one():
+    lines = [l for l in (ROOT/'constraints.txt').read_text().splitlines() if '==' in l]
+    for l in lines: assert version(l.split('==')[0]).split('+')[0]==l.split('==')[1]
+
+def test_one_module_per_chapter_and_one_chapter_per_module():
+    exps = [re.search(r'^#\|\s*default_exp (\w+)', '\n'.join(source(c) for c in cells(nb)), re.M)[1] for nb in CHAPTERS]
+    assert [nb.stem[3:] for nb in CHAPTERS]==exps and len(set(exps))==len(exps)
+    mods = {o.stem for o in (ROOT/'lungdet').glob('*.py')}-{'__init__','_modidx','all'}
+    assert mods==set(exps)
+
+def test_a_module_imports_only_from_lower_numbers():
+    order = [nb.stem[3:] for nb in CHAPTERS]
+    for i,m in enumerate(order):
+        for o in re.findall(r'^from \.(\w+) import', (ROOT/'lungdet'/f'{m}.py').read_text(), re.M):
+            assert order.index(o)<i, f'{m} imports {o}'
+
+def test_all_exports_every_chapter():
+    assert re.findall(r'^from \.(\w+) import \*', (ROOT/'lungdet'/'all.py').read_text(), re.M)==[nb.stem[3:] for nb in CHAPTERS]
+
+def test_kept_outputs_show_no_paths_warnings_or_tracebacks():
+    for nb in NBS:
+        text = json.dumps([o for c in cells(nb) for o in c.get('outputs',[])])
+        assert not re.search(r'(?<![\w.:/-])/(?:root|home|tmp|usr|opt|mnt|var|work)/', text), nb.name
+        assert 'Traceback' not in text and 'Warning:' not in text and '█' not in text, nb.name
+
+def test_every_chapter_keeps_outputs_and_teaches():
+    for nb in CHAPTERS:
+        code = [c for c in cells(nb) if c['cell_type']=='code']
+        words = sum(len(source(c).split()) for c in cells(nb) if c['cell_type']=='markdown')
+        lines = sum(1 for c in code if re.search(r'^#\|\s*exporti?\b', source(c), re.M) for l in source(c).splitlines() if l.strip())
+        assert sum(bool(c['outputs']) for c in code)>=len(code)*.25, nb.name
+        assert words>=lines*.8, nb.name
+        assert '**Exercise.**' in ''.join(source(c) for c in cells(nb)) and 'What you have now' in ''.join(source(c) for c in cells(nb)), nb.name
+
+def test_sample_is_small():
+    assert sum(o.stat().st_size for o in (ROOT/'data'/'sample').rglob('*') if o.is_file())<2e6
+
+def test_readme_is_index():
+    import sys; sys.path.insert(0, str(ROOT/'tools'))
+    from readme import readme
+    assert (ROOT/'README.md').read_text()==readme()
+
+def test_relative_links_of_the_readme_lead_somewhere():
+    for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', (ROOT/'README.md').read_text()): assert (ROOT/link).exists(), link
+
+def test_version_is_stated_once():
+    assert SETTINGS['DEFAULT']['version']==re.search(r'"([^"]+)"', (ROOT/'lungdet'/'__init__.py').read_text())[1]
