@@ -5,7 +5,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from lungdet.anchors import *
-from lungdet.anchors import BACKGROUND, IGNORE, sizes_512
+from lungdet.anchors import BACKGROUND, IGNORE, MAX_LOG, sizes_512
 from lungdet.boxes import iou
 from test_boxes import random_boxes
 
@@ -55,7 +55,8 @@ def test_coder_equals_torchvision_and_goes_there_and_back(seed, n):
     b,a = random_boxes(n,seed),random_boxes(n,seed+1)
     coder,d = BoxCoder((1.,)*4),encode(b,a)
     torch.testing.assert_close(d, coder.encode_single(b,a))
-    torch.testing.assert_close(decode(d,a), b, atol=1e-3, rtol=1e-4)
+    ok = (d[:,2:]<MAX_LOG).all(1) # more than that is not stretched
+    torch.testing.assert_close(decode(d,a)[ok], b[ok], atol=1e-3, rtol=1e-4)
     wild = torch.randn(n,4,generator=torch.Generator().manual_seed(seed))*5
     if n: torch.testing.assert_close(decode(wild,a), coder.decode_single(wild,a), atol=1e-2, rtol=1e-4)
 

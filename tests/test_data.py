@@ -47,11 +47,14 @@ def test_batches_are_in_pixels_of_the_picture(tmp_path, mode, channels):
 def test_boxes_move_with_their_picture(tmp_path, seed):
     set_seed(seed)
     dls = detection_dls(toy(tmp_path, 34), size=128, bs=32, aug=dict(max_rotate=20., max_zoom=1.4, min_zoom=.8, max_warp=0., max_lighting=0., p_affine=1., pad_mode='zeros'))
-    x,boxes,labels = dls.one_batch()
+    (x,boxes,labels),seen = dls.one_batch(),0
     for im,b,l in zip(dls.train.pictures(x), boxes, labels):
         yx = np.argwhere(im[...,0]>.5)
         tight = torch.tensor([*yx.min(0)[::-1],*(yx.max(0)[::-1]+1)]).float()
-        assert l[0]==PAD or (tight-b[0]).abs().max()<2.5
+        if l[0]==PAD or b[0].min()<=0 or b[0].max()>=128: continue # cut at the edge, a turned rectangle leaves a corner of its box empty
+        assert (tight-b[0]).abs().max()<2.5
+        seen += 1
+    assert seen>=10
 
 def test_negatives_only(tmp_path):
     dls = detection_dls(toy(tmp_path, boxes=False), size=64, bs=4)

@@ -114,7 +114,7 @@ def test_loss_pulls_boxes_to_the_truth(kind):
     n = len(anchors(128,128))
     logits,deltas = torch.full((1,n,1),-3.,requires_grad=True),torch.zeros(1,n,4,requires_grad=True)
     loss,opt = RetinaLoss(anchors,(128,128),box_loss=kind),torch.optim.Adam([logits,deltas],lr=.05)
-    for _ in range(200): opt.zero_grad(); loss((logits,deltas),truth,torch.tensor([[0]])).backward(); opt.step()
+    for _ in range(500): opt.zero_grad(); loss((logits,deltas),truth,torch.tensor([[0]])).backward(); opt.step()
     best = postprocess(logits,deltas,anchors,(128,128))[0,0]
     assert best[4]>.8 and iou(best[None,:4],truth[0]).item()>.9
 
