@@ -17,8 +17,9 @@ def picture()->bytes:
 
 def readme()->str:
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
-    nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|export)', c.source, flags=re.M)]
+    nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|export|default_exp)', c.source, flags=re.M)]
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    nb.metadata['language_info'] = {'name':'python'} # so that code blocks are coloured
     text,_ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r'\]\((?!https?:|#|\.\./)([^)]+)\)', r'](nbs/\1)', text).replace('](../', '](')
     return re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
