@@ -6,8 +6,8 @@
 __all__ = ['sizes_512', 'BACKGROUND', 'IGNORE', 'MAX_LOG', 'cell_anchors', 'Anchors', 'anchor_report', 'match', 'encode',
            'decode']
 
-# %% ../nbs/07_anchors.ipynb #80800196
-import math, torch, pandas as pd
+# %% ../nbs/07_anchors.ipynb #0c14d7f5
+import math, torch
 from torch import Tensor
 from .boxes import iou, xyxy2cxcywh, cxcywh2xyxy
 
@@ -66,12 +66,12 @@ def anchor_report(
 # %% ../nbs/07_anchors.ipynb #9888289e
 BACKGROUND,IGNORE = -1,-2 # What `match` gives to an anchor that answers for no box, or that is not asked
 
-# %% ../nbs/07_anchors.ipynb #1cd35fa5
+# %% ../nbs/07_anchors.ipynb #d3becef3
 def match(
     overlaps:Tensor, # IoU of every true box with every anchor, (m,A)
     fg:float=.5,     # From this overlap on an anchor answers for the box
     bg:float=.4,     # Below it, the anchor is background
-    low_quality:bool=True # Give every box its best anchors, even if they overlap it less than `fg`?
+    low_quality:bool=True # Let the anchors that are the best a box has answer too, even if they overlap less than `fg`?
 )->Tensor:           # Index of the box, or `BACKGROUND`, or `IGNORE`, for every anchor, (A,)
     "Which true box each anchor answers for"
     m,A = overlaps.shape

@@ -118,14 +118,15 @@ def soft_nms(
     keep = torch.stack(keep) if keep else left.new_empty(0)
     return keep,scores[keep]
 
-# %% ../nbs/03_boxes.ipynb #14b1d808
+# %% ../nbs/03_boxes.ipynb #e07c4342
 def fuse_boxes(
     boxes:list,  # One tensor of boxes for each model, each (n_i,4)
     scores:list, # The scores of each, each (n_i,)
     thr:float=.55 # Boxes with a larger IoU than this are taken for the same thing
 )->tuple:        # Fused boxes, best first, (k,4), and their scores, (k,)
-    "Weighted boxes fusion of the `boxes` of several models"
+    "Weighted boxes fusion of the `boxes` of several models, of one class"
     n_models,b,s = len(boxes),torch.cat(list(boxes)).float(),torch.cat(list(scores)).float()
+    model = torch.cat([torch.full((len(o),),i) for i,o in enumerate(boxes)]).tolist() # which model each box is of
     groups,fused = [],b.new_empty(0,4)
     for i in s.argsort(descending=True).tolist():
         overlap = iou(b[i][None], fused)[0]
@@ -136,7 +137,7 @@ def fuse_boxes(
         groups[g].append(i)
         w = s[groups[g]][:,None]
         fused[g] = (b[groups[g]]*w).sum(0)/w.sum()
-    seen = tensor([min(len(g),n_models)/n_models for g in groups])
-    score = tensor([s[g].mean() for g in groups])*seen
+    seen = s.new_tensor([len({model[i] for i in g})/n_models for g in groups]) # share of models that saw it
+    score = s.new_tensor([s[g].mean() for g in groups])*seen
     order = score.argsort(descending=True)
     return fused[order],score[order]

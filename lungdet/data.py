@@ -6,12 +6,12 @@
 __all__ = ['PAD', 'chest_aug', 'split_patients', 'load_picture', 'LoadImage', 'LoadBoxes', 'LoadLabels', 'PadBoxes', 'ToPixels',
            'DetectionDL', 'detection_dls', 'largest_box', 'single_box_dls']
 
-# %% ../nbs/05_data.ipynb #78998497
-import cv2, numpy as np, pandas as pd, torch
+# %% ../nbs/05_data.ipynb #56353156
+import cv2, numpy as np, torch
 from pathlib import Path
 from sklearn.model_selection import train_test_split
 from fastai.vision.all import (Datasets, DataLoaders, TfmdDL, Transform, ItemTransform, TensorImage, TensorBBox, TensorBase, Normalize,
-                               IntToFloatTensor, aug_transforms, imagenet_stats, tensor, default_device)
+                               IntToFloatTensor, aug_transforms, imagenet_stats, default_device)
 from .core import show_boxes, show_grid, TRUTH, PRED
 from .dicom import read_dicom, to_gray, enhance, resize
 from .boxes import area, clip_boxes, scale_boxes
@@ -51,10 +51,13 @@ def load_picture(
     if size is not None: im = resize(im, size)
     return im if im.ndim==3 else enhance(im, mode)
 
-# %% ../nbs/05_data.ipynb #bdff7554
+# %% ../nbs/05_data.ipynb #9476e8ad
 class LoadImage(Transform):
     "The picture of a row, uint8 (channels,size,size)"
-    def __init__(self, size, mode='repeat'): self.size,self.mode = size,mode
+    def __init__(self,
+        size:int, # Side of the square picture in pixels
+        mode:str='repeat' # Channels, as in `enhance`
+    ): self.size,self.mode = size,mode
     def encodes(self, o):
         im = load_picture(o['path'], self.size, self.mode)
         return TensorImage(torch.from_numpy(im if im.ndim==3 else im[...,None]).permute(2,0,1))
