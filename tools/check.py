@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT,BIN = Path(__file__).resolve().parent.parent,Path(sys.executable).parent
 
-def state()->str:
+def state()->dict:
     "All that git sees of the working tree: changed and new files, with their content"
     new = subprocess.run(['git','ls-files','--others','--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
     return {o:(ROOT/o).read_bytes() for o in new if o} | {'diff':subprocess.run(['git','diff'], cwd=ROOT, capture_output=True, check=True).stdout}

@@ -23,8 +23,7 @@ def main():
     args = p.parse_args()
     env = os.environ|{} if args.in_place else os.environ|{'LUNGDET_WORK':str(OUT/'work')}
     if args.in_place and env.get('LUNGDET_DATA'): sys.exit('The kept outputs show synthetic studies: unset LUNGDET_DATA to renew them.')
-    OUT.mkdir(exist_ok=True)
-    (OUT/'report.html').unlink(missing_ok=True)
+    if not args.in_place: OUT.mkdir(exist_ok=True)
     nbs = [o for o in sorted(NBS.glob('[0-9][0-9]_*.ipynb')) if not args.only or o.name[:2] in args.only]
     print(f"{len(nbs)} chapters on {env.get('LUNGDET_DATA') or 'synthetic studies'}", flush=True)
     begin,failed = time.time(),[]
@@ -34,10 +33,10 @@ def main():
         why = execute(nb, nb if args.in_place else OUT/nb.name, env)
         print(f'{"failed" if why else "done"} {time.time()-start:6.0f} s', flush=True)
         if why: failed.append(nb.name); print(why, flush=True)
-    for r in sorted((OUT/'work').glob('*/report.html'), key=lambda o: o.stat().st_mtime)[-1:]:
-        if not args.in_place and r.stat().st_mtime>begin: shutil.copy(r, OUT/'report.html')
+    made = [] if args.in_place else [r for r in (OUT/'work').glob('*/report.html') if r.stat().st_mtime>begin] # by this run, not by an earlier one
+    for r in made: shutil.copy(r, OUT/'report.html')
     print(f'{len(nbs)-len(failed)} of {len(nbs)} chapters in {(time.time()-begin)/60:.1f} minutes', flush=True)
-    if (OUT/'report.html').exists(): print(f'Report: {OUT.name}/report.html')
+    if made: print(f'Report: {OUT.name}/report.html')
     if failed: sys.exit(f'Failed: {", ".join(failed)}')
 
 if __name__=='__main__': main()
