@@ -24,7 +24,7 @@ def cell_anchors(
 # %% ../nbs/07_anchors.ipynb #219865b2
 sizes_512 = ((32,40,50),(64,80,101),(128,161,203),(256,322,406),(512,645,812))
 
-# %% ../nbs/07_anchors.ipynb #d37b0a48
+# %% ../nbs/07_anchors.ipynb #2562c802
 class Anchors:
     "Boxes laid over a picture, level by level, row by row; call with its height and width for a tensor (A,4)"
     def __init__(self,
@@ -37,11 +37,16 @@ class Anchors:
         self.cells,self._cache = [cell_anchors(s,ratios) for s in sizes],{}
 
     @property
-    def per_cell(self): return len(self.cells[0])
-    def grid(self, h, w): return [(math.ceil(h/2**l), math.ceil(w/2**l)) for l in self.levels]
+    def per_cell(self):
+        "Anchors at each place"
+        return len(self.cells[0])
+    def grid(self, h, w):
+        "Rows and columns of every level for a picture of `h` by `w`"
+        return [(math.ceil(h/2**l), math.ceil(w/2**l)) for l in self.levels]
     def __repr__(self): return f"Anchors(sizes={self.sizes}, ratios={self.ratios}, levels={self.levels})"
 
     def __call__(self, h, w, device='cpu'):
+        "Anchors of all levels in pixels of a picture of `h` by `w`, (A,4); kept for the next call"
         key = h,w,str(device)
         if key not in self._cache: self._cache[key] = torch.cat([self.on_level(i,h,w) for i in range(len(self.levels))]).to(device)
         return self._cache[key]

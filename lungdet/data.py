@@ -79,20 +79,24 @@ class LoadLabels(Transform):
 # %% ../nbs/05_data.ipynb #4623ae58
 PAD = -1 # The label of a row that holds no box
 
-# %% ../nbs/05_data.ipynb #47f3a6f2
+# %% ../nbs/05_data.ipynb #9a073482
 class PadBoxes:
     "Fill boxes and labels of a batch up to `n` rows"
-    def __init__(self, n): self.n = max(1,n)
+    def __init__(self,
+        n:int # Rows that every image gets; at least one
+    ): self.n = max(1,n)
     def __call__(self, samples):
         if len(samples[0])<3: return samples # pictures alone, to predict on
         return [(im, TensorBBox(torch.cat([b, b.new_zeros(self.n-len(b),4)])), TensorBase(torch.cat([l, l.new_full((self.n-len(l),),PAD)])))
                 for im,b,l in samples]
 
-# %% ../nbs/05_data.ipynb #e87106c2
+# %% ../nbs/05_data.ipynb #025cf651
 class ToPixels(ItemTransform):
     "Boxes from -1..1 to pixels of the picture, clipped; those with less than `keep` of their area in view become padding"
     order = 95
-    def __init__(self, keep=.2): self.keep = keep
+    def __init__(self,
+        keep:float=.2 # Share of the area of a box that must be in view
+    ): self.keep = keep
     def encodes(self, b):
         if len(b)<3: return b
         x,boxes,labels = b
@@ -102,7 +106,7 @@ class ToPixels(ItemTransform):
         ok = (labels!=PAD)&(area(boxes)>self.keep*area(full))&((boxes[...,2:]-boxes[...,:2])>=1).all(-1) # (N,M)
         return x,TensorBase(boxes*ok[...,None]),TensorBase(torch.where(ok, labels, PAD))
 
-# %% ../nbs/05_data.ipynb #068013df
+# %% ../nbs/05_data.ipynb #c987b0ba
 class DetectionDL(TfmdDL):
     "A fastai DataLoader whose batches are pictures (N,C,h,w), boxes (N,M,4) in pixels and labels (N,M)"
     def pictures(self, x):
@@ -116,11 +120,11 @@ class DetectionDL(TfmdDL):
         x,boxes,labels = self.one_batch() if b is None else b
         return show_grid(self.pictures(x[:max_n]), [o[l!=PAD].cpu() for o,l in zip(boxes,labels)][:max_n], ncols=ncols, color=TRUTH, **kw)
 
-    def show_results(self, b, out, max_n=9, ncols=3, **kw):
-        "The same with detections `out` (N,D,6): corners, score, label"
+    def show_results(self, b, out, max_n=9, ncols=3, score_thr=.3, **kw):
+        "The same with those detections of `out` (N,D,6), corners, score and label, that score at least `score_thr`"
         axs = self.show_batch(b, max_n, ncols, **kw)
         for ax,o in zip(axs, out.cpu()):
-            o = o[o[:,5]!=PAD]
+            o = o[(o[:,5]!=PAD)&(o[:,4]>=score_thr)]
             show_boxes(None, o[:,:4], scores=o[:,4], ax=ax, color=PRED)
         return axs
 

@@ -6,7 +6,7 @@
 __all__ = ['PIXELS', 'MODES', 'AGE_UNITS', 'TAGS', 'SUFFIXES', 'COLUMNS', 'DicomError', 'read_dicom', 'to_gray', 'resize',
            'enhance', 'parse_age', 'dicom_table', 'convert_folder']
 
-# %% ../nbs/02_dicom.ipynb #1ed7b667
+# %% ../nbs/02_dicom.ipynb #bbbe2f89
 import os,time
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut,apply_modality_lut,apply_voi
 from pydicom.uid import ExplicitVRBigEndian,ExplicitVRLittleEndian,ImplicitVRLittleEndian,JPEGBaseline8Bit
+from .core import atomic_path
 
 # %% ../nbs/02_dicom.ipynb #e4ee4bda
 class DicomError(ValueError):
@@ -238,17 +239,13 @@ def dicom_table(
     with ThreadPoolExecutor(n_workers) as ex: rows = list(ex.map(_header_row, _sources(src).items()))
     return pd.DataFrame(rows, columns='image_id path patient_id height width age sex view spacing status reason'.split())
 
-# %% ../nbs/02_dicom.ipynb #9c0a5023
+# %% ../nbs/02_dicom.ipynb #a5e03d48
 COLUMNS = '''image_id source path patient_id height width size mode age sex view spacing status reason
              source_bytes source_mtime'''.split()
 
 def _write(path, data):
     "Write bytes `data` to `path` whole or not at all"
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with atomic_path(path) as p: p.write_bytes(data)
 
 def _stamp(path):
     "Size and time of the file at `path`; they change when it is replaced"

@@ -8,19 +8,19 @@ __all__ = ['pred_cols', 'RSNA_IOUS', 'FROC_RATES', 'REPORT_CSS', 'REPORT_KEY', '
            'precision_recall', 'coco_map', 'froc', 'image_scores', 'image_level', 'bootstrap_ci', 'Report',
            'save_report']
 
-# %% ../nbs/11_evaluate.ipynb #0b54ab54
-import base64, html, io, os, matplotlib.pyplot as plt, numpy as np, pandas as pd
+# %% ../nbs/11_evaluate.ipynb #3e21b5b3
+import base64, html, io, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fractions import Fraction
 from pathlib import Path
 from fastcore.basics import patch
 from faster_coco_eval import COCO, COCOeval_faster
 from sklearn.metrics import roc_auc_score, roc_curve
-from .core import MUTED, PRED, TRUTH, show_boxes
+from .core import MUTED, PRED, TRUTH, XYXY, atomic_path, show_boxes
 from .data import load_picture
 from .formats import Annotations, complain
 
-# %% ../nbs/11_evaluate.ipynb #a94d0275
-pred_cols = ['image_id','x1','y1','x2','y2','label','score']
+# %% ../nbs/11_evaluate.ipynb #a1915cb4
+pred_cols = ['image_id',*XYXY,'label','score']
 
 def check_predictions(ann:Annotations, preds:pd.DataFrame)->pd.DataFrame: # `preds` with numbers as floats
     "The table `preds`, or a `ValueError` that names the rows that cannot be predictions for `ann`"
@@ -275,7 +275,7 @@ def plot(self:Report):
     axs[2].plot([0,1], [0,1], color=MUTED, lw=.8, ls='--')
     return fig
 
-# %% ../nbs/11_evaluate.ipynb #0d10e0b0
+# %% ../nbs/11_evaluate.ipynb #e1174d63
 def _case(ann, preds, image_id, ax):
     "Draw an image with its truth and `preds`; an empty canvas if there is no file. Was there one?"
     row = ann.images[ann.images.image_id==image_id].iloc[0]
@@ -284,8 +284,8 @@ def _case(ann, preds, image_id, ax):
     im = load_picture(row.path, mode='gray') if there else np.full(size.astype(int), 40, np.uint8)
     scale = np.tile(np.divide(im.shape[:2], size)[::-1], 2) # the picture may be smaller than the original of the boxes
     t,p = (df[df.image_id==image_id] for df in (ann.boxes,preds))
-    show_boxes(im, t[['x1','y1','x2','y2']]*scale, ax=ax, color=TRUTH)
-    show_boxes(None, p[['x1','y1','x2','y2']]*scale, scores=p.score, ax=ax, color=PRED)
+    show_boxes(im, t[XYXY]*scale, ax=ax, color=TRUTH)
+    show_boxes(None, p[XYXY]*scale, scores=p.score, ax=ax, color=PRED)
     return there
 
 # %% ../nbs/11_evaluate.ipynb #51d7d951
@@ -340,7 +340,7 @@ def _repr_html_(self:Report)->str:
     return (f'<h2>{html.escape(self.name)}</h2>{_html_value(self.table().reset_index())}'
             f'<p>Score threshold {self.threshold:.3f}, {chosen}.</p>{_html_figure(self.plot(), "curves")}')
 
-# %% ../nbs/11_evaluate.ipynb #f755c598
+# %% ../nbs/11_evaluate.ipynb #2e1d6255
 def save_report(
     reports,        # One `Report`, or several on the same images
     path:str|Path,  # HTML file to write
@@ -355,8 +355,5 @@ def save_report(
     if info: parts += ['<h2>Data and settings</h2>', _html_value(info)]
     parts += ['<h2>Results</h2>', _html_value(pd.concat([r.table() for r in reports]).reset_index()), _html_value(REPORT_KEY)]
     for r in reports: parts += [r._repr_html_(), _html_figure(r.gallery(k), f'cases of {r.name}')]
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp.write_text('\n'.join([*parts,'</body></html>\n']), encoding='utf-8')
-    os.replace(tmp, path)
+    with atomic_path(path) as p: p.write_text('\n'.join([*parts,'</body></html>\n']), encoding='utf-8')
     return path

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['image_cols', 'box_cols', 'complain', 'check_images', 'check_boxes', 'Annotations', 'both_sides', 'read_rsna']
 
-# %% ../nbs/04_formats.ipynb #dcb84212
-import json, os
+# %% ../nbs/04_formats.ipynb #f1160b33
+import json
 import numpy as np, pandas as pd
 from pathlib import Path
 from fastcore.basics import patch
+from .core import atomic_path
 from .dicom import dicom_table
 
 # %% ../nbs/04_formats.ipynb #15896226
@@ -119,17 +120,14 @@ def use_pngs(self:Annotations,
     res.images['path'] = res.images.image_id.map(path)
     return res
 
-# %% ../nbs/04_formats.ipynb #6943899a
+# %% ../nbs/04_formats.ipynb #36ad619f
 @patch
 def save(self:Annotations, folder:str|Path)->Path:
     "Write `images.csv`, `boxes.csv` and `classes.json` into `folder`"
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name,text in (('images.csv',self.images.to_csv(index=False)), ('boxes.csv',self.boxes.to_csv(index=False)),
                       ('classes.json',json.dumps(self.classes))):
-        tmp = folder/f'.{name}.{os.getpid()}'
-        tmp.write_text(text)
-        os.replace(tmp, folder/name)
+        with atomic_path(folder/name) as p: p.write_text(text)
     return folder
 
 # %% ../nbs/04_formats.ipynb #a9defda5

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['retina_splitter', 'retinanet_learner', 'detect', 'show_detections', 'save_detector', 'load_detector']
 
-# %% ../nbs/10_learner.ipynb #1c244351
-import json, os, torch, pandas as pd
+# %% ../nbs/10_learner.ipynb #7851e6d6
+import json, torch, pandas as pd
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from fastai.vision.all import Learner, L, params, progress_bar
-from .core import show_boxes, show_grid, TRUTH, PRED
+from .core import show_boxes, show_grid, atomic_path, TRUTH, PRED
 from .boxes import scale_boxes
 from .formats import Annotations
 from .data import load_picture, PAD
@@ -25,7 +25,7 @@ def retina_splitter(m:RetinaNet):
     "Early stages of the backbone, late stages, pyramid and heads"
     return L(*m.backbone.parts(), params(m.fpn)+params(m.cls_head)+params(m.box_head))
 
-# %% ../nbs/10_learner.ipynb #a3ffddd4
+# %% ../nbs/10_learner.ipynb #da8aa5dd
 def retinanet_learner(
     dls, # As `detection_dls` gives them
     backbone:str='resnet34', # A torchvision ResNet or a timm network, see `Backbone`
@@ -38,7 +38,7 @@ def retinanet_learner(
 )->Learner:
     "A fastai learner of a RetinaNet"
     anchors = anchors or Anchors()
-    in_channels = dls.one_batch()[0].shape[1]
+    in_channels = dls.train_ds[0][0].shape[0] # a picture is (C,h,w)
     model = RetinaNet(Backbone(backbone, pretrained, in_channels), dls.c, anchors.per_cell, width, depth)
     learn = Learner(dls, model, loss_func=RetinaLoss(anchors, (dls.size,dls.size), **(loss or {})), splitter=retina_splitter, **kwargs)
     learn.detector = dict(backbone=backbone, in_channels=in_channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
@@ -90,14 +90,14 @@ def show_detections(
         show_boxes(None, drawn(p,*s), scores=p.score.tolist(), ax=ax, color=PRED)
     return axs
 
-# %% ../nbs/10_learner.ipynb #a31b68d6
-def save_detector(learn:Learner, path:str|Path)->Path:
+# %% ../nbs/10_learner.ipynb #b320380a
+def save_detector(
+    learn:Learner, # A learner of `retinanet_learner`
+    path:str|Path  # File to write, *.safetensors
+)->Path:           # `path`
     "Write the model of `learn` and what it takes to build it again, whole or not at all"
     path,state = Path(path),{k:v.detach().cpu().contiguous() for k,v in learn.model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    save_file(state, tmp, metadata=dict(lungdet=json.dumps(learn.detector)))
-    os.replace(tmp, path)
+    with atomic_path(path) as p: save_file(state, p, metadata=dict(lungdet=json.dumps(learn.detector)))
     return path
 
 # %% ../nbs/10_learner.ipynb #3c36d883

@@ -28,15 +28,21 @@ def focal_loss(
     weight = alpha*targets+(1-alpha)*(1-targets)
     return weight*(1-right)**gamma*F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
 
-# %% ../nbs/09_loss.ipynb #d2fa36fb
-def l1_loss(deltas, boxes, anchors): return (deltas-encode(boxes,anchors)).abs().sum()
-def smooth_l1_loss(deltas, boxes, anchors): return F.smooth_l1_loss(deltas, encode(boxes,anchors), beta=1/9, reduction='sum')
-def giou_loss(deltas, boxes, anchors): return generalized_box_iou_loss(decode(deltas,anchors), boxes, reduction='sum')
+# %% ../nbs/09_loss.ipynb #52bd4d83
+def l1_loss(deltas, boxes, anchors):
+    "Sum of the four differences, in units of the anchor"
+    return (deltas-encode(boxes,anchors)).abs().sum()
+def smooth_l1_loss(deltas, boxes, anchors):
+    "The same, but quadratic for differences below 1/9"
+    return F.smooth_l1_loss(deltas, encode(boxes,anchors), beta=1/9, reduction='sum')
+def giou_loss(deltas, boxes, anchors):
+    "Sum of 1-GIoU of the corrected anchors with `boxes`"
+    return generalized_box_iou_loss(decode(deltas,anchors), boxes, reduction='sum')
 
 # %% ../nbs/09_loss.ipynb #73783e8c
 box_losses = dict(l1=l1_loss, smooth_l1=smooth_l1_loss, giou=giou_loss)
 
-# %% ../nbs/09_loss.ipynb #6bdfc948
+# %% ../nbs/09_loss.ipynb #9c8fc014
 class RetinaLoss:
     "Focal loss plus `box_weight` times box loss, per anchor that answers for a box, mean over the images of a batch"
     def __init__(self,
@@ -74,4 +80,6 @@ class RetinaLoss:
         cls,box = self.terms(preds, boxes, labels)
         return cls+self.box_weight*box
 
-    def decodes(self, preds): return postprocess(*preds, self.anchors, self.size)
+    def decodes(self, preds):
+        "Raw answers as detections (N,D,6), for `show_results`"
+        return postprocess(*preds, self.anchors, self.size)

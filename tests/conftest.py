@@ -3,11 +3,19 @@ from pathlib import Path
 import pandas as pd, pytest
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
+def _challenge(name):
+    "A table of the challenge that the wheel of torchxrayvision carries; the package is located, never imported"
+    return pd.read_csv(Path(importlib.util.find_spec('torchxrayvision').submodule_search_locations[0])/'data'/name)
+
 @pytest.fixture(scope='session')
 def challenge_labels():
-    "All label rows of the challenge, from the wheel of torchxrayvision"
-    folder = Path(importlib.util.find_spec('torchxrayvision').submodule_search_locations[0])/'data'
-    return pd.read_csv(folder/'kaggle_stage_2_train_labels.csv.zip')
+    "All label rows of the challenge"
+    return _challenge('kaggle_stage_2_train_labels.csv.zip')
+
+@pytest.fixture(scope='session')
+def challenge_headers():
+    "Age, sex, view and spacing of all its images"
+    return _challenge('kaggle_stage_2_train_images_dicom_headers.csv.gz')
 
 @pytest.fixture(scope='session')
 def challenge_boxes(challenge_labels):

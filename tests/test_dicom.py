@@ -10,10 +10,10 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 from pydicom.uid import JPEGBaseline8Bit
 
+from real import REAL, needs_real
 from lungdet import dicom
 from lungdet.dicom import (DicomError, convert_folder, dicom_table, enhance, parse_age, read_dicom, resize, to_gray)
 
-REAL = Path(os.environ.get('LUNGDET_REAL') or Path(__file__).parents[2]/'shared'/'data')/'rsna'
 rng = np.random.default_rng(0)
 
 def stored(a, bits=None, kind='MONOCHROME2', **header):
@@ -327,17 +327,15 @@ def test_interrupt_records_what_ran_meanwhile(folder, tmp_path, monkeypatch):
 
 # --- real data
 
-real = pytest.mark.skipif(not (REAL/'stage_2_train_images').is_dir(), reason=f"real data not at {REAL} (set LUNGDET_REAL)")
-
-@real
+@needs_real
 def test_real_headers():
-    t = dicom_table(REAL/'stage_2_train_images')
+    t = dicom_table(REAL/'rsna'/'stage_2_train_images')
     assert (t.status=='ok').all() and (t.patient_id==t.image_id).all() and set(t.view)=={'AP','PA'} and set(t.sex)=={'M','F'}
     assert t.height.eq(1024).all() and t.age.dropna().between(1,100).all() and t.spacing.between(.1,.25).all()
 
-@real
+@needs_real
 def test_real_conversion(tmp_path):
-    files = sorted((REAL/'stage_2_train_images').glob('*.dcm'))[::20]
+    files = sorted((REAL/'rsna'/'stage_2_train_images').glob('*.dcm'))[::20]
     m = convert_folder(files, tmp_path, size=256, progress=False)
     assert len(m)==len(files)>=30 and (m.status=='ok').all() and m.drop(columns=['age','reason']).notna().all().all()
     for f in files[:10]:

@@ -1,6 +1,4 @@
 "Chapter 01: against brute force, hand values, and the whole challenge's labels"
-import importlib.util
-from pathlib import Path
 
 import matplotlib; matplotlib.use('agg')
 import numpy as np, pandas as pd, pytest
@@ -87,22 +85,14 @@ def test_bad_tables(call, why):
 
 # --- the whole challenge
 
-spec = importlib.util.find_spec('torchxrayvision')
-CSV = Path(spec.origin).parent/'data' if spec else Path('/nowhere')
-
 @pytest.fixture(scope='module')
-def challenge():
+def challenge(challenge_labels, challenge_headers):
     "images and boxes of all 26,684 studies"
-    labels = pd.read_csv(CSV/'kaggle_stage_2_train_labels.csv.zip')
-    b = labels.dropna()
+    b = challenge_labels.dropna()
     boxes = pd.DataFrame(dict(image_id=b.patientId, x1=b.x, y1=b.y, x2=b.x+b.width, y2=b.y+b.height))
-    heads = pd.read_csv(CSV/'kaggle_stage_2_train_images_dicom_headers.csv.gz')
-    images = heads.rename(columns=dict(PatientID='image_id', PatientAge='age', ViewPosition='view'))
+    images = challenge_headers.rename(columns=dict(PatientID='image_id', PatientAge='age', ViewPosition='view'))
     return images.assign(category=np.where(images.image_id.isin(boxes.image_id), 'Lung Opacity', 'none')), boxes
 
-full = pytest.mark.skipif(not (CSV/'kaggle_stage_2_train_labels.csv.zip').is_file(), reason='no torchxrayvision wheel, which has the label files')
-
-@full
 def test_whole_challenge(challenge):
     images,boxes = challenge
     c = class_counts(images)
@@ -113,7 +103,6 @@ def test_whole_challenge(challenge):
     assert (s.loc['width','50%'], s.loc['height','50%'])==(217, 298)
     np.testing.assert_allclose(s.loc['aspect',['5%','50%','95%']].astype(float), [.68,1.45,2.52], atol=.005)
 
-@full
 def test_what_the_page_says_about_the_challenge(challenge):
     images,boxes = challenge
     v = rate_by(images, 'view').rate
