@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #f9c0a373
+# %% ../nbs/index.ipynb #c2a93663
 from .core import *
 from .explore import *
 from .dicom import *
+from .jpeg import *
+from .convert import *
 from .boxes import *
 from .formats import *
 from .data import *

@@ -8,7 +8,7 @@ __all__ = ['pred_cols', 'RSNA_IOUS', 'FROC_RATES', 'REPORT_CSS', 'REPORT_KEY', '
            'precision_recall', 'coco_map', 'froc', 'image_scores', 'image_level', 'bootstrap_ci', 'Report',
            'save_report']
 
-# %% ../nbs/11_evaluate.ipynb #3e21b5b3
+# %% ../nbs/11_evaluate.ipynb #bcb1b42c
 import base64, html, io, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from faster_coco_eval import COCO, COCOeval_faster
 from sklearn.metrics import roc_auc_score, roc_curve
 from .core import MUTED, PRED, TRUTH, XYXY, atomic_path, show_boxes
-from .data import load_picture
+from .data import load_picture, picture_fit
 from .formats import Annotations, complain
 
 # %% ../nbs/11_evaluate.ipynb #a1915cb4
@@ -275,17 +275,17 @@ def plot(self:Report):
     axs[2].plot([0,1], [0,1], color=MUTED, lw=.8, ls='--')
     return fig
 
-# %% ../nbs/11_evaluate.ipynb #e1174d63
+# %% ../nbs/11_evaluate.ipynb #1e7730ce
 def _case(ann, preds, image_id, ax):
     "Draw an image with its truth and `preds`; an empty canvas if there is no file. Was there one?"
     row = ann.images[ann.images.image_id==image_id].iloc[0]
     size = pd.Series([row.get('height'),row.get('width')], dtype=float).fillna(1024).to_numpy()
     there = isinstance(row.get('path'), str) and Path(row.path).exists()
     im = load_picture(row.path, mode='gray') if there else np.full(size.astype(int), 40, np.uint8)
-    scale = np.tile(np.divide(im.shape[:2], size)[::-1], 2) # the picture may be smaller than the original of the boxes
+    fit = picture_fit(row.to_dict()|dict(zip(('height','width'),size)), im.shape[:2]) # the picture may be smaller than the original of the boxes
     t,p = (df[df.image_id==image_id] for df in (ann.boxes,preds))
-    show_boxes(im, t[XYXY]*scale, ax=ax, color=TRUTH)
-    show_boxes(None, p[XYXY]*scale, scores=p.score, ax=ax, color=PRED)
+    show_boxes(im, fit.place(t[XYXY].to_numpy()), ax=ax, color=TRUTH)
+    show_boxes(None, fit.place(p[XYXY].to_numpy()), scores=p.score, ax=ax, color=PRED)
     return there
 
 # %% ../nbs/11_evaluate.ipynb #51d7d951

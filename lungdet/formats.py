@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['image_cols', 'box_cols', 'complain', 'check_images', 'check_boxes', 'Annotations', 'both_sides', 'read_rsna']
 
-# %% ../nbs/04_formats.ipynb #f1160b33
+# %% ../nbs/04_formats.ipynb #f853863c
 import json
 import numpy as np, pandas as pd
 from pathlib import Path
 from fastcore.basics import patch
 from .core import atomic_path
-from .dicom import dicom_table
+from .convert import dicom_table, pseudonym
 
 # %% ../nbs/04_formats.ipynb #15896226
 image_cols = ['image_id','path','patient_id','height','width','split','age','sex','view','category']
@@ -108,7 +108,7 @@ def sample(self:Annotations,
     total = patient.value_counts().loc[order].cumsum()
     return self.where(patient.isin(total.index[total.shift(fill_value=0)<n]))
 
-# %% ../nbs/04_formats.ipynb #2ea06537
+# %% ../nbs/04_formats.ipynb #9f33008f
 @patch
 def use_pngs(self:Annotations,
     manifest:pd.DataFrame # What `convert_folder` returned: `image_id`, `path`, `status`
@@ -118,7 +118,19 @@ def use_pngs(self:Annotations,
     res = self.where(self.images.image_id.isin(path.index))
     if not len(res): raise ValueError("none of these images is in the manifest; was another folder converted?")
     res.images['path'] = res.images.image_id.map(path)
+    if 'fit' in manifest and (manifest['fit']=='letterbox').any(): # where the original lies in its picture; a stretched one is all of it
+        m = manifest.set_index('image_id').rename(columns=dict(size='png_size'))
+        for k in ('scale_x','scale_y','offset_x','offset_y','png_size'): res.images[k] = res.images.image_id.map(m[k]).astype(float)
     return res
+
+# %% ../nbs/04_formats.ipynb #15fe0dd7
+@patch
+def pseudonymise(self:Annotations,
+    salt:str # The secret that `convert_folder` got
+)->Annotations:
+    "The same with a `pseudonym` for every image and patient"
+    def new(df): return df.assign(**{k:df[k].map(lambda o: pseudonym(o,salt)) for k in ('image_id','patient_id') if k in df})
+    return Annotations(new(self.images), new(self.boxes), self.classes)
 
 # %% ../nbs/04_formats.ipynb #36ad619f
 @patch

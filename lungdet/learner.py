@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['retina_splitter', 'retinanet_learner', 'detect', 'show_detections', 'save_detector', 'load_detector']
 
-# %% ../nbs/10_learner.ipynb #7851e6d6
+# %% ../nbs/10_learner.ipynb #ea43c597
 import json, torch, pandas as pd
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from fastai.vision.all import Learner, L, params, progress_bar
-from .core import show_boxes, show_grid, atomic_path, TRUTH, PRED
-from .boxes import scale_boxes
+from .core import show_boxes, show_grid, atomic_path, TRUTH, PRED, XYXY
+from .boxes import area, clip_boxes
 from .formats import Annotations
-from .data import load_picture, PAD
+from .data import load_picture, picture_fit, PAD
 from .single import Backbone
 from .anchors import Anchors
 from .retinanet import RetinaNet, postprocess
@@ -46,7 +46,7 @@ def retinanet_learner(
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/10_learner.ipynb #5d382ad4
+# %% ../nbs/10_learner.ipynb #4404e790
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -64,12 +64,13 @@ def detect(
 
 def _rows(o, item, size, classes):
     "Detections `o` (n,6) on a picture of `size` as rows of boxes in pixels of the original"
-    xy = scale_boxes(o[:,:4], size, (item['height'],item['width'])).numpy()
+    xy = clip_boxes(picture_fit(item, size).back(o[:,:4]), (item['height'],item['width']))
+    xy,o = xy[area(xy)>0].numpy(),o[area(xy)>0] # what lies on a black border of the picture is nowhere in the original
     df = pd.DataFrame(xy, columns=['x1','y1','x2','y2']).assign(label=[classes[int(k)] for k in o[:,5]], score=o[:,4].numpy())
     df.insert(0, 'image_id', item['image_id'])
     return df
 
-# %% ../nbs/10_learner.ipynb #da717d17
+# %% ../nbs/10_learner.ipynb #66d06e38
 def show_detections(
     ann:Annotations, # Images and their true boxes
     preds:pd.DataFrame, # Detections, as `detect` gives them
@@ -81,13 +82,13 @@ def show_detections(
     "Detections beside the truth on the pictures of `ann`"
     rows = ann.images.set_index('image_id').loc[list(ids) if ids is not None else ann.images.image_id[:n]]
     ims = [load_picture(p) for p in rows.path]
-    sizes = [((r.height,r.width),im.shape[:2]) for r,im in zip(rows.itertuples(),ims)]
-    def drawn(df, fro, to): return scale_boxes(torch.tensor(df[['x1','y1','x2','y2']].to_numpy(dtype='float32')).reshape(-1,4), fro, to)
-    truth = [drawn(ann.of(i), *s) for i,s in zip(rows.index,sizes)]
+    fits = [picture_fit(r, im.shape[:2]) for r,im in zip(rows.to_dict('records'),ims)]
+    def drawn(df, fit): return fit.place(df[XYXY].to_numpy(dtype='float32').reshape(-1,4))
+    truth = [drawn(ann.of(i), f) for i,f in zip(rows.index,fits)]
     axs = show_grid(ims, truth, ncols=ncols, color=TRUTH, **kwargs)
-    for ax,i,s in zip(axs, rows.index, sizes):
+    for ax,i,f in zip(axs, rows.index, fits):
         p = preds[(preds.image_id==i)&(preds.score>=score_thr)]
-        show_boxes(None, drawn(p,*s), scores=p.score.tolist(), ax=ax, color=PRED)
+        show_boxes(None, drawn(p,f), scores=p.score.tolist(), ax=ax, color=PRED)
     return axs
 
 # %% ../nbs/10_learner.ipynb #b320380a

@@ -6,14 +6,14 @@
 __all__ = ['offline_weights', 'Backbone', 'SingleBoxHead', 'SingleBoxModel', 'single_box_terms', 'SingleBoxLoss', 'PositiveIoU',
            'box_accuracy', 'single_box_splitter', 'single_box_learner', 'single_box_preds']
 
-# %% ../nbs/06_single.ipynb #b1eee965
+# %% ../nbs/06_single.ipynb #e4d49414
 import importlib.util, timm, torch, torchvision
 import torch.nn.functional as F, pandas as pd
 from pathlib import Path
 from torch import nn, Tensor
 from fastai.vision.all import Learner, L, params, Metric, AvgMetric, AdaptiveConcatPool2d
-from .boxes import iou, scale_boxes
-from .data import PAD
+from .boxes import iou, clip_boxes, scale_boxes
+from .data import PAD, picture_fit
 
 # %% ../nbs/06_single.ipynb #85d3549c
 def _torchvision_stages(name:str, pretrained:bool, in_channels:int)->tuple:
@@ -182,7 +182,7 @@ def single_box_learner(
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/06_single.ipynb #38797c2a
+# %% ../nbs/06_single.ipynb #e798525b
 def single_box_preds(
     learn:Learner, # A learner of `single_box_learner`
     ann=None # `Annotations` of the images to look at; the validation part of `learn.dls.ann` if None
@@ -191,7 +191,7 @@ def single_box_preds(
     ims = (learn.dls.ann.part('valid') if ann is None else ann).images
     with learn.no_bar(): raw = learn.get_preds(dl=learn.dls.test_dl(ims.to_dict('records')))[0]
     out,size = learn.loss_func.decodes(raw)[:,0],(learn.dls.size,)*2
-    rows = [scale_boxes(o[:4], size, (h,w)).tolist() for o,h,w in zip(out, ims.height, ims.width)]
+    rows = [clip_boxes(picture_fit(r, size).back(o[:4]), (r['height'],r['width'])).tolist() for o,r in zip(out, ims.to_dict('records'))]
     df = pd.DataFrame(rows, columns=['x1','y1','x2','y2']).assign(label=learn.dls.classes[0], score=out[:,4].tolist())
     df.insert(0, 'image_id', ims.image_id.to_numpy())
     return df[(df.x2>df.x1)&(df.y2>df.y1)].reset_index(drop=True)

@@ -1,46 +1,23 @@
-"Chapter 02: every branch of `to_gray` against pydicom, damaged files, and conversion that resumes"
-import os, warnings
-from concurrent.futures import wait
+"Chapter 02: every branch of `to_gray` against pydicom or arithmetic, every transfer syntax, damaged files, geometry"
+import importlib.util, signal, struct, time, warnings, zlib
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
 from hypothesis import given, settings, strategies as st
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
-from pydicom.uid import JPEGBaseline8Bit
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, convert_color_space
+from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2KLossless, ImplicitVRLittleEndian,
+                         JPEG2000Lossless, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless)
 
+from dicoms import chest, jpeg, save, stored
 from real import REAL, needs_real
 from lungdet import dicom
-from lungdet.dicom import (DicomError, convert_folder, dicom_table, enhance, parse_age, read_dicom, resize, to_gray)
+from lungdet.core import make_sample
+from lungdet.dicom import (MODES, DicomError, Enhance, Fit, enhance, fit_square, header_fields, parse_age, pixel_aspect, read_dicom, resize, to_gray)
 
 rng = np.random.default_rng(0)
-
-def stored(a, bits=None, kind='MONOCHROME2', **header):
-    ds = Dataset()
-    ds.set_pixel_data(a, kind, bits or 8*a.itemsize, generate_instance_uid=False)
-    for k,v in header.items(): setattr(ds, k, v)
-    return ds
-
-def jpeg(a, quality=90, photometric='MONOCHROME2', **header):
-    "A DICOM with `a` as baseline JPEG"
-    ds = stored(a, kind='RGB' if a.ndim==3 else photometric, **header)
-    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    if a.ndim==3: ds.PhotometricInterpretation = 'YBR_FULL_422'
-    code = cv2.imencode('.jpg', a[...,::-1] if a.ndim==3 else a, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    ds.PixelData = encapsulate([code.tobytes()])
-    ds['PixelData'].VR = 'OB'
-    return ds
-
-def save(ds, path):
-    ds.SOPClassUID, ds.SOPInstanceUID = '1.2.840.10008.5.1.4.1.1.7', '1.2.3'
-    ds.save_as(path, enforce_file_format=True)
-    return path
-
-def chest(n=256):
-    "Something smooth with a little texture, uint8 (n,n)"
-    y,x = np.mgrid[-1:1:n*1j,-1:1:n*1j]
-    return np.clip(130+80*np.cos(3*x)*np.sin(2*y)+np.random.default_rng(1).normal(0,6,(n,n)), 0, 255).astype(np.uint8)
+needs_codecs = pytest.mark.skipif(importlib.util.find_spec('imagecodecs') is None, reason='needs the extra [codecs]')
 
 # --- to_gray against pydicom
 
@@ -148,7 +125,7 @@ def test_damaged_jpeg_is_an_error(tmp_path):
         ds = jpeg(chest())
         ds.PixelData = encapsulate([bad]) if bad else b''
         with pytest.raises(DicomError): to_gray(ds)
-    with pytest.raises(DicomError, match='256x256'):
+    with pytest.raises(DicomError, match='256 x 256'):
         ds = jpeg(chest(128)); ds.Rows = ds.Columns = 256; to_gray(ds)
 
 @pytest.mark.filterwarnings('ignore')
@@ -222,123 +199,244 @@ def test_parse_age_of_nothing():
     assert all(pd.isna(parse_age(s)) for s in (None, '', ' ', 'Y', '-5', '4.5Y', 'unknown', pd.NA, np.nan, '²'))
     assert parse_age(' 058y ')==58 and parse_age(58)==58
 
-# --- folders
+# --- geometry
 
-@pytest.fixture
-def folder(tmp_path):
-    "Six studies, in two sub-folders, one of them without a suffix"
-    for i in range(6):
-        f = tmp_path/'src'/('ab'[i%2]); f.mkdir(parents=True, exist_ok=True)
-        ds = stored(np.roll(chest(64), i*5, 1), PatientID=f'P{i//2}', PatientSex='FMO'[i%3], ViewPosition=('AP','PA','LL')[i%3],
-                    PixelSpacing=[.2,.2])
-        save(ds, f/('1.2.840.5' if i==5 else f'study{i}.dcm'))
-    (tmp_path/'src'/'notes.txt').write_text('not this one')
-    (tmp_path/'src'/'README').write_text('nor this one')
-    return tmp_path/'src'
+@settings(max_examples=60, deadline=None)
+@given(st.integers(40,300), st.integers(40,300), st.integers(24,200), st.sampled_from(['stretch','letterbox']), st.sampled_from([1.,.5,1.7]), st.integers(0,10**6))
+def test_a_mark_is_where_its_box_says(h, w, size, how, aspect, seed):
+    "A bright rectangle drawn into the original is found in the square at the place that `Fit` gives, within half a pixel of the original"
+    r = np.random.default_rng(seed)
+    bw,bh = r.integers(w//2,w*.9),r.integers(h//2,h*.9) # wide enough to cover some pixel of the square wholly
+    x,y = r.integers(0,w-bw),r.integers(0,h-bh)
+    a = np.zeros((h,w), np.uint8); a[y:y+bh,x:x+bw] = 255
+    f,box = fit_square(h,w,size,how,aspect),np.array([[x,y,x+bw,y+bh]], float)
+    np.testing.assert_allclose(f.back(f.place(box)), box, atol=1e-9)
+    out = resize(a, size, how, aspect)/255.
+    found = []
+    for axis in (0,1): # edges from the area that each row and column covers, so that partly covered pixels count by their share
+        line = out.sum(axis); line = line/line.max(); k = np.arange(size)
+        centre,length = (line*(k+.5)).sum()/line.sum(),line.sum()
+        found += [centre-length/2,centre+length/2]
+    found = np.array([[found[0],found[2],found[1],found[3]]])
+    slack = .5 if max(h*f.scale_y/h, w*f.scale_x/w)<=1 else .75 # enlarging blurs the edge by up to a pixel of the original
+    assert np.abs(f.back(found)-box).max()<=slack
 
-def test_table(folder, recwarn):
-    (folder/'old.dcm').write_bytes(b'')
-    t = dicom_table(folder).set_index('image_id')
-    assert sorted(t.index)==['1.2.840.5','old',*[f'study{i}' for i in range(5)]]
-    r = t.loc['study0']
-    assert (r.patient_id,r.height,r.width,r.sex,r.view,r.spacing,r.status)==('P0',64,64,'F','AP',.2,'ok')
-    assert pd.isna(t.loc['study2','sex']) and pd.isna(t.loc['study2','view'])
-    assert t.loc['old','status']=='failed' and 'old.dcm' in t.loc['old','reason']
-    assert not recwarn.list
+def test_letterbox_keeps_proportions():
+    a = np.full((100,200), 200, np.uint8)
+    out = resize(a, 64, 'letterbox')
+    assert (out[:16]==0).all() and (out[-16:]==0).all() and (out[16:48]==200).all()
+    assert fit_square(100,200,64,'letterbox')==(.32,.32,0,16)
+    assert (resize(a, 64, 'letterbox', aspect=2)==200).all() # pixels twice as high as wide: the picture is a square
+    for bad in (lambda: fit_square(9,9,0), lambda: fit_square(9,9,8,'crop')):
+        with pytest.raises(ValueError): bad()
 
-def test_rsna_age_makes_no_warning(tmp_path, recwarn):
-    ds = stored(chest(16))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        ds.PatientAge = '58'
-        save(ds, tmp_path/'a.dcm')
-    assert dicom_table(tmp_path).age.tolist()==[58.] and not recwarn.list
+def test_pixel_aspect():
+    px = lambda **kw: pixel_aspect(stored(chest(8), **kw))
+    assert px()==1 and px(PixelSpacing=[.1,.2])==.5 and px(ImagerPixelSpacing=[.3,.1])==pytest.approx(3) and px(PixelAspectRatio=[1,2])==.5
+    assert px(PixelSpacing=[0,.2])==1 and px(PixelSpacing=[0,.2], PixelAspectRatio=[4,3])==pytest.approx(4/3)
 
-def mtimes(dst): return {p.name:p.stat().st_mtime_ns for p in dst.glob('*.png')}
+def test_smaller_decoding_is_close_to_area_average():
+    for q in (60,90):
+        ds = jpeg(chest(512), q)
+        for n,f in ((256,2),(128,4),(200,2)):
+            got = to_gray(ds, at_least=(n,n))
+            assert got.shape==(512//f,512//f)
+            want = ds.pixel_array.reshape(512//f,f,512//f,f).mean((1,3))
+            assert np.abs(got-want).mean()<1 and np.abs(got-want).max()<=12
+    assert to_gray(jpeg(chest(512)), at_least=(257,100)).shape==(512,512)
+    for kw in (dict(WindowCenter=100, WindowWidth=50), dict(PixelPaddingValue=0), dict(RescaleSlope=2)): # what follows is not linear
+        assert to_gray(jpeg(chest(512), **kw), at_least=(256,256)).shape==(512,512)
+    inv = jpeg(chest(512), photometric='MONOCHROME1')
+    np.testing.assert_array_equal(to_gray(inv, at_least=(256,256)), 255-to_gray(jpeg(chest(512)), at_least=(256,256)))
 
-def test_convert_and_resume(folder, tmp_path, capsys):
-    dst = tmp_path/'png'
-    conv = lambda **kw: convert_folder(folder, dst, **dict(dict(size=32, progress=False), **kw))
-    m = conv()
-    assert m.columns.tolist()[:14]=='image_id source path patient_id height width size mode age sex view spacing status reason'.split()
-    assert len(m)==6 and (m.status=='ok').all() and all(Path(p).is_file() for p in m.path)
-    for r in m.itertuples(): np.testing.assert_array_equal(cv2.imread(r.path, -1), resize(to_gray(read_dicom(r.source)), 32))
-    first = mtimes(dst)
-    pd.testing.assert_frame_equal(conv(), m)
-    assert mtimes(dst)==first
-    changed = lambda: sorted(k for k,v in mtimes(dst).items() if first.get(k)!=v)
-    (dst/'study1.png').unlink(); conv(); assert changed()==['study1.png']                    # lost
-    first = mtimes(dst); os.utime(folder/'a'/'study2.dcm'); conv(); assert changed()==['study2.png'] # source touched
-    first = mtimes(dst); conv(mode='stack'); assert len(changed())==6                         # other mode
-    want = enhance(resize(to_gray(read_dicom(folder/'a'/'study0.dcm')), 32), 'stack')
-    np.testing.assert_array_equal(cv2.imread(str(dst/'study0.png'), -1)[...,::-1], want)
-    first = mtimes(dst); conv(size=16); assert len(changed())==6                              # other size
-    first = mtimes(dst); (dst/'manifest.csv').write_text('garbage\n"'); conv(size=16); assert len(changed())==6
-    assert not [p for p in dst.iterdir() if p.suffix not in ('.png','.csv')] and capsys.readouterr().out==''
-    cols = ['image_id','size','status']
-    pd.testing.assert_frame_equal(pd.read_csv(dst/'manifest.csv')[cols], conv(size=16).sort_values('image_id', ignore_index=True)[cols])
+# --- more branches
 
-def test_failures_are_rows(folder, tmp_path, capsys):
-    dst = tmp_path/'png'
-    convert_folder(folder, dst, size=32, progress=False)
-    (folder/'a'/'study0.dcm').write_bytes((folder/'a'/'study0.dcm').read_bytes()[:-500])
-    m = convert_folder(folder, dst, size=32, progress=False).set_index('image_id')
-    assert m.status.value_counts().to_dict()==dict(ok=5, failed=1) and 'study0.dcm' in m.loc['study0','reason']
-    assert not (dst/'study0.png').exists() # what it showed is no longer the source
-    assert '1 of 6 files failed' in capsys.readouterr().out
-    m = convert_folder([folder/'a'/'study2.dcm', folder/'gone.dcm'], dst, size=32, progress=False)
-    assert m.status.tolist()==['ok','failed']
-    assert set(pd.read_csv(dst/'manifest.csv').image_id)>={'study1','study2','gone'} # rows of other sources are kept
+def test_overlay_in_the_unused_bits_is_ignored():
+    a = rng.integers(0, 4096, (16,16)).astype(np.uint16)
+    ds = stored(a, 12, WindowCenter=2048, WindowWidth=4096)
+    want = to_gray(ds)
+    ds.PixelData = (a|0x8000*rng.integers(0,2,a.shape).astype(np.uint16)).tobytes()
+    np.testing.assert_array_equal(to_gray(ds), want)
 
-def test_wrong_calls(folder, tmp_path):
-    dst = tmp_path/'png'
-    for src,why in [(folder/'none','no such folder'), ([], 'no DICOM'), (tmp_path, None)]:
-        if why is None: (tmp_path/'study0.dcm').write_bytes(b''); why = 'study0.*study0'
-        with pytest.raises(DicomError, match=why): convert_folder(src, dst, progress=False)
-    with pytest.raises(ValueError, match='mode'): convert_folder(folder, dst, mode='rgb')
-    with pytest.raises(ValueError, match='size'): convert_folder(folder, dst, size=0)
+def test_modality_table():
+    a = rng.integers(0, 256, (16,16)).astype(np.uint16)
+    item = Dataset(); item.LUTDescriptor,item.LUTData = [256,0,16],[min(65535,i*i) for i in range(256)]
+    item['LUTDescriptor'].VR = item['LUTData'].VR = 'US'
+    ds = stored(a, 12, ModalityLUTSequence=[item], WindowCenter=20000, WindowWidth=30001)
+    np.testing.assert_allclose(to_gray(ds), np.clip((a.astype(float)**2-19999.5)/30000+.5, 0, 1)*255, atol=.51)
 
-def test_interrupt_keeps_finished_work(folder, tmp_path, monkeypatch):
-    dst, real, seen = tmp_path/'png', dicom._convert, []
-    convert_folder(folder, dst, size=16, progress=False)
-    def slow(i, *a):
-        seen.append(i)
-        if len(seen)==4: raise KeyboardInterrupt
-        return real(i, *a)
-    monkeypatch.setattr(dicom, '_convert', slow)
-    with pytest.raises(KeyboardInterrupt): convert_folder(folder, dst, size=32, n_workers=1, progress=False)
-    monkeypatch.undo()
-    done = pd.read_csv(dst/'manifest.csv')
-    assert len(done)>=3 and (done['size']==32).all() # no row of the 16 px pictures that were about to be redone
-    assert all(cv2.imread(p, -1).shape==(32,32) for p in done.path)
-    first = mtimes(dst)
-    assert (convert_folder(folder, dst, size=32, progress=False).status=='ok').all()
-    assert sum(first[k]==v for k,v in mtimes(dst).items())==len(done)
+def test_native_ybr_is_converted():
+    ybr = rng.integers(0, 256, (8,12,3)).astype(np.uint8)
+    ds = stored(ybr, kind='RGB'); ds.PhotometricInterpretation = 'YBR_FULL'
+    np.testing.assert_array_equal(to_gray(ds), cv2.cvtColor(convert_color_space(ybr,'YBR_FULL','RGB'), cv2.COLOR_RGB2GRAY))
 
-def test_interrupt_records_what_ran_meanwhile(folder, tmp_path, monkeypatch):
-    "Jobs that finish after the last row was collected are on record too"
-    def one_then_ctrl_c(jobs):
-        yield jobs[0]
-        wait(jobs)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(dicom, 'as_completed', one_then_ctrl_c)
-    with pytest.raises(KeyboardInterrupt): convert_folder(folder, tmp_path/'png', size=32, progress=False)
-    assert len(pd.read_csv(tmp_path/'png'/'manifest.csv'))==6
+def test_planes_of_colour():
+    rgb = rng.integers(0, 256, (8,12,3)).astype(np.uint8)
+    ds = stored(rgb, kind='RGB')
+    ds.PlanarConfiguration,ds.PixelData = 1,np.moveaxis(rgb,-1,0).tobytes()
+    np.testing.assert_array_equal(to_gray(ds), cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
 
-# --- real data
+def test_deep_colour():
+    rgb = rng.integers(0, 65536, (8,12,3)).astype(np.uint16)
+    np.testing.assert_array_equal(to_gray(stored(rgb, kind='RGB')), cv2.cvtColor((rgb>>8).astype(np.uint8), cv2.COLOR_RGB2GRAY))
 
-@needs_real
-def test_real_headers():
-    t = dicom_table(REAL/'rsna'/'stage_2_train_images')
-    assert (t.status=='ok').all() and (t.patient_id==t.image_id).all() and set(t.view)=={'AP','PA'} and set(t.sex)=={'M','F'}
-    assert t.height.eq(1024).all() and t.age.dropna().between(1,100).all() and t.spacing.between(.1,.25).all()
+def palette(a, bits):
+    ds = stored(a)
+    ds.PhotometricInterpretation = 'PALETTE COLOR'
+    for k,c in enumerate(('Red','Green','Blue')):
+        table = ((np.arange(256)*(k+1)%256)*(1 if bits==8 else 257)).astype(np.uint8 if bits==8 else np.uint16)
+        setattr(ds, f'{c}PaletteColorLookupTableDescriptor', [256,0,bits]); setattr(ds, f'{c}PaletteColorLookupTableData', table.tobytes())
+    return ds
 
-@needs_real
-def test_real_conversion(tmp_path):
-    files = sorted((REAL/'rsna'/'stage_2_train_images').glob('*.dcm'))[::20]
-    m = convert_folder(files, tmp_path, size=256, progress=False)
-    assert len(m)==len(files)>=30 and (m.status=='ok').all() and m.drop(columns=['age','reason']).notna().all().all()
-    for f in files[:10]:
-        ds = read_dicom(f)
-        np.testing.assert_array_equal(to_gray(ds), ds.pixel_array)
-    assert {cv2.imread(p, -1).shape for p in m.path}=={(256,256)}
+@pytest.mark.parametrize('bits', [8,16])
+def test_palette(bits):
+    a = rng.integers(0, 256, (8,12)).astype(np.uint8)
+    rgb = np.stack([a.astype(int)*(k+1)%256 for k in range(3)], -1).astype(np.uint8)
+    np.testing.assert_array_equal(to_gray(palette(a,bits)), cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+
+def test_frames():
+    film = np.stack([chest(32), 255-chest(32)])
+    ds = stored(film)
+    with pytest.raises(DicomError, match='2 frames and no word which'): to_gray(ds)
+    for k in (0,1): np.testing.assert_array_equal(to_gray(ds, frame=k), film[k])
+    for k in (2,-1):
+        with pytest.raises(DicomError, match='there is no frame'): to_gray(ds, frame=k)
+    two = jpeg(chest(32)); two.NumberOfFrames = 2
+    codes = [get_frame(jpeg(o).PixelData, 0, number_of_frames=1) for o in film]
+    two.PixelData = encapsulate(codes)
+    np.testing.assert_array_equal(to_gray(two, frame=1), to_gray(jpeg(film[1])))
+    np.testing.assert_array_equal(to_gray(stored(chest(16)), frame=0), chest(16))
+
+# --- every transfer syntax
+
+def as_syntax(a, uid, signed=False, **kw):
+    "`a` (h,w) written with the transfer syntax `uid`"
+    ds = stored(a, kw.pop('bits', None), **kw)
+    if uid in (RLELossless,JPEGLSLossless,JPEG2000Lossless): ds.compress(uid, generate_instance_uid=False)
+    elif uid in (JPEGLosslessSV1,JPEGExtended12Bit,HTJ2KLossless):
+        import imagecodecs
+        u = a.view(np.uint16)&(2**ds.BitsStored-1) if a.itemsize==2 else a
+        code = (imagecodecs.htj2k_encode(a) if uid==HTJ2KLossless else imagecodecs.jpeg8_encode(u, lossless=True, bitspersample=ds.BitsStored)
+                if uid==JPEGLosslessSV1 else imagecodecs.jpeg8_encode(u, level=95, bitspersample=12))
+        ds.PixelData = encapsulate([bytes(code)]); ds['PixelData'].VR = 'OB'
+    ds.file_meta.TransferSyntaxUID = uid
+    return ds
+
+DEEP = (np.kron(rng.integers(0,4096,(24,20)), np.ones((3,4)))+rng.integers(-9,9,(72,80))).clip(0,4095).astype(np.uint16)
+NATIVE = ImplicitVRLittleEndian,ExplicitVRLittleEndian,ExplicitVRBigEndian,DeflatedExplicitVRLittleEndian
+
+@pytest.mark.parametrize('uid', [*NATIVE,RLELossless,JPEGLSLossless,JPEG2000Lossless, *(pytest.param(u, marks=needs_codecs) for u in (JPEGLosslessSV1,HTJ2KLossless))],
+                         ids=lambda u: u.name.split(',')[0])
+def test_lossless_syntaxes_are_the_same_picture(uid, tmp_path):
+    for a,kw in ((DEEP, dict(bits=12, WindowCenter=2048, WindowWidth=4096)), (chest(64), {})):
+        ds = as_syntax(a, uid, **kw)
+        if uid==ExplicitVRBigEndian and a.itemsize==2: ds.PixelData = a.astype('>u2').tobytes()
+        path = tmp_path/'a.dcm'
+        ds.SOPClassUID,ds.SOPInstanceUID = '1.2.840.10008.5.1.4.1.1.7','1.2.3'
+        ds.save_as(path, implicit_vr=uid==ImplicitVRLittleEndian, little_endian=uid!=ExplicitVRBigEndian)
+        got = read_dicom(path)
+        assert got.file_meta.TransferSyntaxUID==uid
+        np.testing.assert_array_equal(to_gray(got), to_gray(stored(a, **kw)))
+
+@needs_codecs
+def test_jpeg_of_12_bits():
+    kw = dict(bits=12, WindowCenter=2048, WindowWidth=4096)
+    a = cv2.GaussianBlur(DEEP, (0,0), 3)
+    np.testing.assert_allclose(to_gray(as_syntax(a, JPEGExtended12Bit, **kw)).astype(int), to_gray(stored(a, **kw)), atol=2)
+
+@needs_codecs
+@pytest.mark.parametrize('bits', [12,16])
+def test_signed_lossless_jpeg(bits):
+    a = rng.integers(-2**(bits-1), 2**(bits-1), (24,32)).astype(np.int16)
+    kw = dict(bits=bits, WindowCenter=0, WindowWidth=2**(bits-1))
+    np.testing.assert_array_equal(to_gray(as_syntax(a, JPEGLosslessSV1, **kw)), to_gray(stored(a, **kw)))
+
+@needs_codecs
+def test_without_codecs_the_error_names_the_extra(monkeypatch):
+    ds = as_syntax(DEEP, JPEGLosslessSV1, bits=12)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: None if n=='imagecodecs' else find(n, *a))
+    with pytest.raises(DicomError, match=r'\[codecs\]'): to_gray(ds)
+
+@pytest.mark.filterwarnings('ignore')
+def test_colour_is_that_of_pydicom():
+    "Every colour file of pydicom's wheel that it can decode itself"
+    n = 0
+    for f in sorted(Path(pydicom.__file__).parent.joinpath('data').rglob('*.dcm')):
+        try: ds = pydicom.dcmread(f, force=True); a = pydicom.pixels.pixel_array(ds, index=0)
+        except Exception: continue
+        if a.ndim!=3 or a.dtype!=np.uint8: continue
+        np.testing.assert_array_equal(to_gray(read_dicom(f), frame=0), cv2.cvtColor(np.ascontiguousarray(a), cv2.COLOR_RGB2GRAY), err_msg=f.name)
+        n += 1
+    assert n>=20
+
+# --- claims that cost memory
+
+@pytest.mark.parametrize('claim', [dict(Rows=60000, Columns=60000), dict(NumberOfFrames=10**7), dict(BitsAllocated=64, Rows=40000, Columns=40000)])
+def test_too_large_is_refused_before_decoding(claim, tmp_path, monkeypatch):
+    ds = jpeg(chest(64))
+    for k,v in claim.items(): setattr(ds, k, v)
+    path = save(ds, tmp_path/'a.dcm')
+    with pytest.raises(DicomError, match='max_bytes'): read_dicom(path)
+    with pytest.raises(DicomError, match='max_bytes'): read_dicom(save(jpeg(chest(64)), path), max_bytes=1000)
+
+def test_stream_larger_than_its_header_is_never_decoded(monkeypatch):
+    "A JPEG that says 65,500 x 65,500 in a DICOM that says 64 x 64"
+    ds = jpeg(chest(64))
+    code = bytearray(get_frame(ds.PixelData, 0, number_of_frames=1))
+    at = code.index(b'\xff\xc0')
+    code[at+5:at+9] = struct.pack('>HH', 65500, 65500)
+    ds.PixelData = encapsulate([bytes(code)])
+    monkeypatch.setattr(dicom.simplejpeg, 'decode_jpeg', lambda *a, **k: pytest.fail('decoded'))
+    with pytest.raises(DicomError, match='65500'): to_gray(ds)
+
+def test_deflated_bomb(tmp_path):
+    path = save(as_syntax(chest(64), DeflatedExplicitVRLittleEndian), tmp_path/'a.dcm')
+    b = path.read_bytes()
+    start = 144+int.from_bytes(b[140:144],'little')
+    z = zlib.compressobj(9, zlib.DEFLATED, -15)
+    path.write_bytes(b[:start]+z.compress(bytes(50_000_000))+z.flush())
+    assert path.stat().st_size<10**5
+    with pytest.raises(DicomError, match='unpacks to more than'): read_dicom(path, max_bytes=10**7)
+
+def test_jpeg_ls_without_an_end_does_not_hang():
+    ds = as_syntax(DEEP, JPEGLSLossless, bits=12)
+    code = get_frame(ds.PixelData, 0, number_of_frames=1)
+    ds.PixelData = encapsulate([code[:len(code)//2]])
+    with pytest.raises(DicomError, match='end mark'): to_gray(ds)
+
+# --- 2,000 ways to be damaged
+
+class Hang(BaseException): pass
+def ring(*_): raise Hang
+
+@pytest.mark.filterwarnings('ignore')
+def test_fuzz(tmp_path):
+    "Cut, flipped and zeroed, synthetic and real, seven transfer syntaxes: a picture or one DicomError, and soon"
+    seeds = {u.name.split(',')[0]: save(as_syntax(DEEP, u, bits=12), tmp_path/f'{i}.dcm').read_bytes()
+             for i,u in enumerate((ExplicitVRLittleEndian,DeflatedExplicitVRLittleEndian,RLELossless,JPEGLSLossless,JPEG2000Lossless))}
+    seeds['baseline'] = save(jpeg(chest(128)), tmp_path/'b.dcm').read_bytes()
+    if importlib.util.find_spec('imagecodecs'): seeds['lossless'] = save(as_syntax(DEEP, JPEGLosslessSV1, bits=12), tmp_path/'l.dcm').read_bytes()
+    if (REAL/'rsna').is_dir(): seeds['real'] = sorted((REAL/'rsna'/'stage_2_train_images').glob('*.dcm'))[0].read_bytes()
+    r,counts,slowest = np.random.default_rng(7),{},0
+    old = signal.signal(signal.SIGALRM, ring)
+    try:
+        for n in range(2000):
+            name = list(seeds)[n%len(seeds)]
+            b,kind = bytearray(seeds[name]),('cut','flip','zero')[n//len(seeds)%3]
+            if kind=='cut': b = b[:r.integers(0,len(b))]
+            elif kind=='flip':
+                for k in r.integers(0, len(b), r.integers(1,20)): b[k] ^= 1<<int(r.integers(8))
+            else:
+                k = int(r.integers(0,len(b))); m = min(len(b)-k, int(r.integers(1,400))); b[k:k+m] = bytes(m)
+            begin = time.perf_counter(); signal.alarm(20)
+            try: g = to_gray(read_dicom('fuzz', bytes(b), max_bytes=2**26), frame=0)
+            except DicomError as e: assert str(e).startswith('fuzz: '); what = 'error'
+            else: assert g.dtype==np.uint8 and g.ndim==2; what = 'picture'
+            finally: signal.alarm(0)
+            slowest = max(slowest, time.perf_counter()-begin)
+            counts[name,kind,what] = counts.get((name,kind,what),0)+1
+    finally: signal.signal(signal.SIGALRM, old)
+    print(pd.Series(counts).unstack(fill_value=0)); print(f'slowest {slowest:.2f} s')
+    for name in ('baseline',*(['real'] if 'real' in seeds else [])): # of a JPEG that lost its end, or a stretch of it, hardly anything passes
+        assert counts.get((name,'cut','picture'),0)<=3

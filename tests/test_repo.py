@@ -11,12 +11,15 @@ NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
 CHAPTERS = [o for o in NBS if o.name[:2].isdigit()]
 cells = lambda nb: json.loads(nb.read_text())['cells']
 source = lambda c: ''.join(c['source'])
+chapter = lambda nb: nb.stem.split('_',1)[1]
 name = lambda req: re.split(r'[<>=!~ \[]', req)[0].lower().replace('_','-')
 
 def test_requirements_are_the_same_in_both_places():
     s,p = SETTINGS['DEFAULT'],PYPROJECT['project']
     assert s['requirements'].split()==p['dependencies']
     assert s['dev_requirements'].split()==p['optional-dependencies']['dev']
+    scripts = dict(o.split('=') for o in s['console_scripts'].split())
+    assert scripts==p['scripts']
     assert f">={s['min_python']}"==p['requires-python'] and s['description']==p['description']
 
 def test_every_direct_dependency_has_an_exact_version():
@@ -31,18 +34,18 @@ def test_this_environment_is_the_pinned_one():
 
 def test_one_module_per_chapter_and_one_chapter_per_module():
     exps = [re.search(r'^#\|\s*default_exp (\w+)', '\n'.join(source(c) for c in cells(nb)), re.M)[1] for nb in CHAPTERS]
-    assert [nb.stem[3:] for nb in CHAPTERS]==exps and len(set(exps))==len(exps)
+    assert [chapter(nb) for nb in CHAPTERS]==exps and len(set(exps))==len(exps)
     mods = {o.stem for o in (ROOT/'lungdet').glob('*.py')}-{'__init__','_modidx','all'}
     assert mods==set(exps)
 
 def test_a_module_imports_only_from_lower_numbers():
-    order = [nb.stem[3:] for nb in CHAPTERS]
+    order = [chapter(nb) for nb in CHAPTERS]
     for i,m in enumerate(order):
         for o in re.findall(r'^from \.(\w+) import', (ROOT/'lungdet'/f'{m}.py').read_text(), re.M):
             assert order.index(o)<i, f'{m} imports {o}'
 
 def test_all_exports_every_chapter():
-    assert re.findall(r'^from \.(\w+) import \*', (ROOT/'lungdet'/'all.py').read_text(), re.M)==[nb.stem[3:] for nb in CHAPTERS]
+    assert re.findall(r'^from \.(\w+) import \*', (ROOT/'lungdet'/'all.py').read_text(), re.M)==[chapter(nb) for nb in CHAPTERS]
 
 def test_kept_outputs_show_no_paths_warnings_or_tracebacks():
     for nb in NBS:

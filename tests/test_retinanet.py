@@ -126,3 +126,22 @@ def test_half_precision_loss_is_float32():
     loss = RetinaLoss(anchors,(128,128))
     assert loss(p,*y).dtype==torch.float32
     torch.testing.assert_close(loss(p,*y), loss([o.float() for o in p],*y))
+
+def test_training_is_that_of_torchvision():
+    "Same weights, same batches, Adam: after six steps both have had the same losses, and give the same answers"
+    torch.manual_seed(0)
+    body = resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=5, returned_layers=[2,3,4],
+                               extra_blocks=LastLevelP6P7(256,256), norm_layer=nn.BatchNorm2d)
+    tv = TVRetinaNet(body, num_classes=2, min_size=128, max_size=128, image_mean=[0.]*3, image_std=[1.]*3)
+    ours = load_torchvision(RetinaNet(Backbone('resnet18'), n_classes=2), tv.state_dict())
+    tv.train(); ours.train()
+    loss,opts,seen = RetinaLoss(Anchors(), (128,128)),[torch.optim.Adam(m.parameters(), lr=1e-4) for m in (tv,ours)],[]
+    for step in range(6):
+        x = torch.rand(3,3,128,128)
+        targets = [(target(9*step+k,n)[0]/2,target(9*step+k,n)[1]) for k,n in enumerate((2,0,1))]
+        both = sum(tv(list(x), [dict(boxes=b,labels=l) for b,l in targets]).values()),loss(ours(x), *padded(targets))
+        for opt,l in zip(opts,both): opt.zero_grad(); l.backward(); opt.step()
+        seen.append([l.item() for l in both])
+    seen = torch.tensor(seen)
+    torch.testing.assert_close(seen[:,0], seen[:,1], rtol=2e-3, atol=0)
+    assert (seen[0]-seen[-1]).abs().min()>1e-3 # they did learn

@@ -24,7 +24,7 @@ def main():
     env = os.environ|{} if args.in_place else os.environ|{'LUNGDET_WORK':str(OUT/'work')}
     if args.in_place and env.get('LUNGDET_DATA'): sys.exit('The kept outputs show synthetic studies: unset LUNGDET_DATA to renew them.')
     if not args.in_place: OUT.mkdir(exist_ok=True)
-    nbs = [o for o in sorted(NBS.glob('[0-9][0-9]_*.ipynb')) if not args.only or o.name[:2] in args.only]
+    nbs = [o for o in sorted(NBS.glob('[0-9][0-9]*_*.ipynb')) if not args.only or o.name.split('_')[0] in args.only]
     print(f"{len(nbs)} chapters on {env.get('LUNGDET_DATA') or 'synthetic studies'}", flush=True)
     begin,failed = time.time(),[]
     for nb in nbs:

@@ -1,0 +1,87 @@
+"""Our converter beside the loop of every tutorial: same DICOMs, same disk, one process.
+
+    .venv/bin/python bench/convert.py FOLDER --n 200 --repeat 3
+
+FOLDER holds DICOMs. The tutorial's loop is `dcmread(f).pixel_array` -> Pillow resize -> `save`; for the stack it makes the same three
+channels with NumPy and OpenCV. Each candidate runs `--repeat` times in turn, and its best time counts. Prints pictures per second, the
+ratio to the tutorial, where the milliseconds of one picture go, how far decoding at half size is from area averaging, and how a table
+of headers compares with reading as fastai's `from_dicoms` does (pixels and their statistics)."""
+import argparse, io, os, shutil, tempfile, time, warnings
+from pathlib import Path
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('folder'); p.add_argument('--n', type=int, default=200); p.add_argument('--size', type=int, default=512); p.add_argument('--repeat', type=int, default=3)
+args = p.parse_args()
+warnings.filterwarnings('ignore', module='pydicom')
+
+import cv2, numpy as np, pandas as pd, pydicom
+from PIL import Image
+from lungdet.convert import convert_folder, dicom_table
+from lungdet.core import atomic_path
+from lungdet.dicom import enhance, header_fields, read_dicom, resize, to_gray
+
+cv2.setNumThreads(1) # one core each, so that workers can be compared
+files = [p for p in sorted(Path(args.folder).rglob('*.dcm'))][:args.n]
+size,tmp = args.size,Path(tempfile.mkdtemp())
+
+def tutorial(dst):
+    for f in files: Image.fromarray(pydicom.dcmread(f).pixel_array).resize((size,size)).save(dst/f'{f.stem}.png')
+def tutorial_stack(dst):
+    for f in files:
+        g = np.array(Image.fromarray(pydicom.dcmread(f).pixel_array).resize((size,size)))
+        gamma = (255*(g/255)**.6).astype(np.uint8)
+        Image.fromarray(np.stack([g, gamma, cv2.createCLAHE(2.,(8,8)).apply(g)], -1)).save(dst/f'{f.stem}.png')
+def ours(mode, workers): return lambda dst: convert_folder(files, dst, size, mode, n_workers=workers, progress=False)
+def headers(dst): dicom_table(files, n_workers=1)
+def from_dicoms(dst): # what fastai.medical.imaging reads for its table: every element, and statistics of the pixels
+    rows = []
+    for f in files:
+        ds = pydicom.dcmread(f); px = ds.pixel_array
+        rows.append({o.keyword:str(o.value) for o in ds if o.keyword!='PixelData'}|dict(img_min=px.min(), img_max=px.max(), img_mean=px.mean(), img_std=px.std()))
+    pd.DataFrame(rows)
+
+def run(candidates):
+    "Best seconds of each, run in turn"
+    best = dict.fromkeys(candidates, np.inf)
+    for _ in range(args.repeat):
+        for k,f in candidates.items():
+            dst = tmp/'out'; shutil.rmtree(dst, ignore_errors=True); dst.mkdir()
+            begin = time.perf_counter(); f(dst); best[k] = min(best[k], time.perf_counter()-begin)
+    return best
+def table(best, base):
+    df = pd.DataFrame(dict(per_second=len(files)/pd.Series(best)))
+    df['ratio'] = df.per_second/df.per_second[base]
+    return df.round(1)
+
+for f in files: f.read_bytes() # all from memory, for everybody
+print(f'{len(files)} DICOMs, {size} px, best of {args.repeat}\n')
+gray = run({'tutorial':tutorial, 'lungdet':ours('gray',1), 'lungdet, 2 threads':ours('gray',2)})
+print(table(gray,'tutorial'), f"\ntwo threads: {gray['lungdet']/gray['lungdet, 2 threads']:.2f} x one\n")
+print(table(run({'tutorial, stack':tutorial_stack, 'lungdet, stack':ours('stack',1), 'lungdet, stack, 2 threads':ours('stack',2)}), 'tutorial, stack'), '\n')
+print(table(run({'from_dicoms':from_dicoms, 'dicom_table':headers}), 'from_dicoms'), '\n')
+
+def clock(f, xs):
+    "Mean over `xs` of the best of a few times, ms"
+    best = np.full(len(xs), np.inf)
+    for _ in range(args.repeat+2):
+        for i,x in enumerate(xs):
+            begin = time.perf_counter(); f(x); best[i] = min(best[i], time.perf_counter()-begin)
+    return best.mean()*1e3
+some = files[::max(1,len(files)//40)]
+data = [f.read_bytes() for f in some]
+dss = [read_dicom('x', d) for d in data]
+full = [to_gray(d) for d in dss]
+half = [to_gray(d, at_least=(size,size)) for d in dss]
+small = [resize(g, size) for g in half]
+packed = [cv2.imencode('.png', g)[1].tobytes() for g in small]
+def write(b):
+    with atomic_path(tmp/'x.png') as q: q.write_bytes(b)
+stages = {'read the file':clock(lambda f: f.read_bytes(), some), 'parse the header':clock(lambda d: header_fields(read_dicom('x',d)), data),
+          'decode at full size':clock(to_gray, dss), f'decode, at least {size} px':clock(lambda d: to_gray(d, at_least=(size,size)), dss), 'fit':clock(lambda g: resize(g,size), half),
+          'fit from full size':clock(lambda g: resize(g,size), full), 'enhance (stack)':clock(lambda g: enhance(g,'stack'), small), 'pack as PNG':clock(lambda g: cv2.imencode('.png', g), small),
+          'write':clock(write, packed)}
+ms = pd.Series(stages, name='ms')
+print(pd.DataFrame(dict(ms=ms.round(2), share_of_tutorial=(ms/(gray['tutorial']/len(files)*1e3)).map('{:.1%}'.format))), '\n')
+d = np.abs(np.stack(small).astype(int)-np.stack([resize(g,size) for g in full]))
+print(f'decoded at half size against area averages: {(d==0).mean():.1%} of the pixels equal, {(d<=1).mean():.2%} within 1, mean {d.mean():.3f}, largest {d.max()} of 255')
+shutil.rmtree(tmp)
