@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated
 ifdef LUNGDET_DATA
-export LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
+# notebooks run in nbs/; `override`, since it may come from the command line
+override LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
+export LUNGDET_DATA
 endif
 
 .PHONY: help env course test notebooks pytest check lab outputs readme clean

@@ -7,7 +7,7 @@ __all__ = ['PIXELS', 'MAX_BYTES', 'FITS', 'MODES', 'AGE_UNITS', 'TAGS', 'DicomEr
            'fit_square', 'resize', 'pixel_aspect', 'gamma_curve', 'clahe', 'Enhance', 'enhance', 'parse_age',
            'header_fields']
 
-# %% ../nbs/02_dicom.ipynb #51d96fa3
+# %% ../nbs/02_dicom.ipynb #a6672cbc
 import importlib.util,io,struct,zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2,numpy as np,pandas as pd,pydicom,simplejpeg
 from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import _read_file_meta_info,read_preamble
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut,apply_modality_lut,apply_voi
 from pydicom.pixels import pixel_array as decode_frame
@@ -45,7 +46,7 @@ def _parse(name, file, **kw):
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     return ds
 
-# %% ../nbs/02_dicom.ipynb #39fade6c
+# %% ../nbs/02_dicom.ipynb #55352218
 PIXELS = 'PixelData','FloatPixelData','DoubleFloatPixelData'
 MAX_BYTES = 2**30 # What the pixels of one file may need in memory
 
@@ -61,18 +62,20 @@ def _frames(ds):
     return int(ds.get('NumberOfFrames') or 1)
 
 def _price(ds, name):
-    "Bytes that all frames of `ds` need when decoded, or one of them as 64-bit floats"
+    "Bytes that all frames of `ds` need when decoded, or one of them on its way to gray"
     h,w = _size(ds, name)
     try: n,samples,bits = _frames(ds),int(ds.get('SamplesPerPixel') or 1),int(ds.get('BitsAllocated') or 8)
     except Exception as e: raise DicomError(name, "frames, samples or bits are not numbers; the header is damaged", _said(e)) from e
     if n<1 or samples not in (1,3,4) or not 1<=bits<=64: raise DicomError(name, f"{n} frames of {samples} samples of {bits} bits; the header is damaged")
-    return h*w*max(n*samples*-(-bits//8), 8)
+    return h*w*max(n*samples*-(-bits//8), 16)
 
 def _inflated(data, most):
     "Does the deflated part of the DICOM `data` unpack to more than `most` bytes?"
-    if DeflatedExplicitVRLittleEndian.encode() not in data[132:1024]: return False
-    start = 144+int.from_bytes(data[140:144], 'little') # the group length of the file meta information (PS3.10 7.1)
-    return len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], most+1))>most
+    if DeflatedExplicitVRLittleEndian.encode() not in data: return False # nearly always; the rest is looked at properly
+    file = io.BytesIO(data)
+    read_preamble(file, True)
+    syntax = _read_file_meta_info(file).get('TransferSyntaxUID')
+    return syntax==DeflatedExplicitVRLittleEndian and len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), most+1))>most
 
 def read_dicom(
     path,           # A DICOM file
@@ -83,7 +86,7 @@ def read_dicom(
     if data is None: data = _content(path, max_bytes)
     if not data: raise DicomError(path, "empty file (0 bytes); was a copy interrupted?")
     try: bomb = _inflated(data, max_bytes)
-    except zlib.error as e: raise DicomError(path, "the deflated part does not unpack; the file is damaged", _said(e)) from e
+    except Exception as e: raise DicomError(path, "the deflated part does not unpack; the file is damaged", _said(e)) from e
     if bomb: raise DicomError(path, f"unpacks to more than max_bytes={max_bytes:,}")
     ds = _parse(path, io.BytesIO(data))
     ds.filename = str(path)
@@ -118,10 +121,11 @@ def _code_header(code):
         i += 1 if m==255 else 2+int.from_bytes(code[i+2:i+4], 'big')
     raise ValueError("the compressed picture has no header of its own; the file is damaged, or not what its transfer syntax says")
 
-# %% ../nbs/02_dicom.ipynb #f11bcbe1
+# %% ../nbs/02_dicom.ipynb #0fa4cff4
 def _decode_jpeg(code, head, ds, at_least):
     "Samples of a JPEG stream of the process that `head` names: (h,w), or (h,w,3)"
-    if head.bits==8 and head.marker in (0xc0,0xc1,0xc2,0xc3): # strict: other decoders fill damaged parts in silence
+    if head.marker not in (0xc0,0xc1,0xc3): raise ValueError("a progressive or arithmetic JPEG, which DICOM has retired, and nothing here can tell if it is whole")
+    if head.bits==8: # strict: other decoders fill damaged parts in silence
         small = [(-(-head.h//f),-(-head.w//f)) for f in (8,4,2) if min(at_least)>0 and head.h>=f*at_least[0] and head.w>=f*at_least[1]]
         h,w = small[0] if small else (0,0) # 0: as it is
         a = simplejpeg.decode_jpeg(code, 'GRAY' if ds.get('SamplesPerPixel',1)==1 else 'RGB', min_height=h, min_width=w, strict=True)
@@ -155,11 +159,13 @@ def _decode(ds, frame=None, at_least=(0,0)):
     if a.shape[:2]!=(ds.Rows,ds.Columns): raise ValueError(f"the header says {ds.Rows} x {ds.Columns}, the pixels are {a.shape[0]} x {a.shape[1]}")
     return a
 
-# %% ../nbs/02_dicom.ipynb #ef74f399
+# %% ../nbs/02_dicom.ipynb #580769ce
 def _text(ds, k):
     "Value of `k` in `ds` as text; not `ds[k]`, which warns on what breaks the standard, such as RSNA's '58'"
     v = e.value if (e := ds.get_item(k)) is not None else None
-    return '' if v is None else v.decode('latin-1').strip(' \0') if isinstance(v, bytes) else str(v).strip()
+    if not isinstance(v, bytes): return '' if v is None else str(v).strip()
+    try: return v.decode().strip(' \0')
+    except UnicodeDecodeError: return v.decode('latin-1').strip(' \0')
 
 def _numbers(ds, k):
     "The values of `k` in `ds`, if all of them are positive numbers; [] if not"
@@ -174,24 +180,31 @@ def _first(ds, k):
     return None if v is None or v=='' else float(v)
 
 def _window(a, ds):
-    "Map `a` (h,w) to 0..1 by the lookup table or window in `ds` (PS3.3 C.11.2), or None if it has no usable one"
-    if ds.get('VOILUTSequence'): return apply_voi(a.astype(int), ds)/(2**ds.VOILUTSequence[0].LUTDescriptor[2]-1)
+    "Map the values `a` to 0..1 by the lookup table or window in `ds` (PS3.3 C.11.2), or None if it has no usable one"
+    if ds.get('VOILUTSequence'): return np.clip(apply_voi(a.astype(int), ds)/(2**ds.VOILUTSequence[0].LUTDescriptor[2]-1), 0, 1)
     c,w,kind = _first(ds,'WindowCenter'),_first(ds,'WindowWidth'),ds.get('VOILUTFunction') or 'LINEAR'
     if c is None or w is None or w<=0: return None
     if kind=='SIGMOID': return 1/(1+np.exp(-4*(a-c)/w))
     if kind=='LINEAR': c,w = c-.5,max(w-1, 1e-9)
     return np.clip((a-c)/w+.5, 0, 1)
 
-# %% ../nbs/02_dicom.ipynb #0ae6dbb6
-def _stretch(a, pad, pct=(.5,99.5)):
-    "Map `a` (h,w) to 0..1 between the `pct` percentiles of its foreground: not `pad`, not the lowest, not the highest value"
-    fg = a[~pad] if not pad.all() else a.ravel()
-    inner = fg[(fg>fg.min())&(fg<fg.max())]
-    lo,hi = np.percentile(inner, pct) if len(inner) else (0,0)
-    if lo==hi: lo,hi = fg.min(),fg.max()
-    return np.clip((a-lo)/max(hi-lo, 1e-9), 0, 1)
+# %% ../nbs/02_dicom.ipynb #bdf5b6f2
+def _percentile(x, counts, p):
+    "`np.percentile` of the values `x`, ascending, that occur `counts` times"
+    at = p/100*(counts.sum()-1)
+    lo,hi = (x[np.searchsorted(counts.cumsum(), k, side='right')] for k in (np.floor(at),np.ceil(at)))
+    return lo+(hi-lo)*(at-np.floor(at))
 
-# %% ../nbs/02_dicom.ipynb #42873e88
+def _stretch(x, counts, pct=(.5,99.5)):
+    "Map the values `x`, which occur `counts` times, to 0..1 between the `pct` percentiles of all but the lowest and highest that occur"
+    order = np.argsort(x, kind='stable')
+    seen,n = x[order][counts[order]>0],counts[order][counts[order]>0]
+    inner = (seen>seen[0])&(seen<seen[-1])
+    lo,hi = [_percentile(seen[inner], n[inner], p) for p in pct] if inner.any() else (0,0)
+    if lo==hi: lo,hi = seen[0],seen[-1]
+    return np.clip((x-lo)/max(hi-lo, 1e-9), 0, 1)
+
+# %% ../nbs/02_dicom.ipynb #d7243f5a
 def _padding(a, ds):
     "Mask (h,w) of the pixels of `a` that are declared to be no picture"
     lo,hi = _first(ds,'PixelPaddingValue'),_first(ds,'PixelPaddingRangeLimit')
@@ -199,12 +212,20 @@ def _padding(a, ds):
     lo,hi = sorted((lo,lo if hi is None else hi))
     return (a>=lo)&(a<=hi)
 
+def _levels(values, counts, ds):
+    "The gray, 0..1, of each of the stored `values`, which occur `counts` times: rescale, then the window, or percentiles where it is missing or shows nothing"
+    if _first(ds,'RescaleSlope')==0: raise ValueError("RescaleSlope is 0, which makes all pixels the same; the header is damaged")
+    x = apply_modality_lut(values, ds).astype(np.float64)
+    g,seen = _window(x, ds),counts>0
+    return _stretch(x, counts) if g is None or (np.ptp(g[seen])==0 and np.ptp(x[seen])>0) else g
+
 def _to8(a, pad, ds):
-    "Stored pixels `a` (h,w) to uint8: rescale, then the window, or percentiles where it is missing or shows nothing"
-    a = apply_modality_lut(a, ds).astype(np.float64)
-    g = _window(a, ds)
-    if g is None or (g.min()==g.max() and a.min()!=a.max()): g = _stretch(a, pad)
-    return (g*255+.5).astype(np.uint8)
+    "Stored pixels `a` (h,w) to uint8, through a table of all values that occur: 65,536 at most, however large the picture"
+    if a.dtype.kind in 'iu' and int(a.max())-int(a.min())<2**16: values,where = np.arange(int(a.min()), int(a.max())+1),a.astype(np.int32)-int(a.min())
+    else: values,where = np.unique(a, return_inverse=True)
+    where = where.reshape(a.shape)
+    counts = np.bincount(where[~pad] if pad.any() and not pad.all() else where.ravel(), minlength=len(values))
+    return (_levels(values, counts, ds)*255+.5).astype(np.uint8)[where]
 
 def _plain(ds):
     "Are the stored pixels of `ds` display values already: 8 bit, no rescale, no window, no table?"
@@ -213,7 +234,7 @@ def _plain(ds):
     return (ds.get('BitsStored')==8 and not ds.get('PixelRepresentation') and scale in ((None,None),(1,0),(1,None),(None,0))
             and not windowed and not ds.get('ModalityLUTSequence') and not ds.get('VOILUTSequence'))
 
-# %% ../nbs/02_dicom.ipynb #485c4365
+# %% ../nbs/02_dicom.ipynb #ee9e02a6
 def to_gray(
     ds:pydicom.Dataset, # From `read_dicom`
     frame:int|None=None, # Which one of several, from 0
@@ -229,13 +250,14 @@ def to_gray(
             return cv2.cvtColor((a >> max(0, bits-8)).astype(np.uint8), cv2.COLOR_RGB2GRAY)
         if kind not in ('MONOCHROME1','MONOCHROME2'): raise ValueError(f"photometric interpretation {kind!r} is not known")
         pad = _padding(a, ds)
-        g = np.array(a) if _plain(ds) and a.dtype==np.uint8 else _to8(a, pad, ds)
+        plain = _plain(ds) and a.dtype.kind in 'iu' and 0<=a.min() and a.max()<=255 # 8 bits, in 8 or in 16
+        g = a.astype(np.uint8) if plain else _to8(a, pad, ds)
         if kind=='MONOCHROME1': g = 255-g
         g[pad] = 0
         return g
     except Exception as e: raise DicomError(getattr(ds,'filename',None) or 'data set', "the pixels cannot be read", _said(e)) from e
 
-# %% ../nbs/02_dicom.ipynb #afb3e007
+# %% ../nbs/02_dicom.ipynb #cbe32134
 class Fit(NamedTuple):
     "Where a picture lies in a square that it was fitted to: at `x*scale_x+offset_x`, `y*scale_y+offset_y`, px"
     scale_x:float; scale_y:float; offset_x:float=0.; offset_y:float=0.
@@ -243,7 +265,9 @@ class Fit(NamedTuple):
     def place(self, boxes):
         "Boxes (n,4) in pixels of the original to pixels of the square"
         sx,sy,dx,dy = self
-        return boxes*boxes.new_tensor([sx,sy,sx,sy])+boxes.new_tensor([dx,dy,dx,dy]) if hasattr(boxes,'new_tensor') else boxes*[sx,sy,sx,sy]+[dx,dy,dx,dy]
+        if not hasattr(boxes,'new_tensor'): return boxes*np.array([sx,sy,sx,sy])+np.array([dx,dy,dx,dy])
+        boxes = boxes if boxes.is_floating_point() else boxes.float()
+        return boxes*boxes.new_tensor([sx,sy,sx,sy])+boxes.new_tensor([dx,dy,dx,dy])
 
     def back(self, boxes):
         "The inverse of `place`"
@@ -289,13 +313,20 @@ def pixel_aspect(ds)->float: # Height over width of one pixel; 1 if the header i
         if len(v)==2: return v[0]/v[1]
     return 1.
 
-# %% ../nbs/02_dicom.ipynb #7cc49524
-def gamma_curve(gray, gamma=.6):
-    "`gray` (h,w) uint8 with every value x moved to 255*(x/255)**`gamma`: below 1 opens up the dark"
+# %% ../nbs/02_dicom.ipynb #dcef7052
+def gamma_curve(
+    gray:np.ndarray, # uint8 (h,w)
+    gamma:float=.6   # Below 1 opens up the dark
+)->np.ndarray:       # uint8 (h,w)
+    "`gray` with every value x moved to 255*(x/255)**`gamma`"
     return cv2.LUT(gray, (255*(np.arange(256)/255)**gamma+.5).astype(np.uint8))
 
-def clahe(gray, clip=2., tiles=8):
-    "Histograms of `tiles` x `tiles` fields of `gray` (h,w) uint8 equalised, after bins above `clip` times the average were cut"
+def clahe(
+    gray:np.ndarray, # uint8 (h,w)
+    clip:float=2.,   # How many times the average a bin of a local histogram may hold
+    tiles:int=8      # Local histograms along a side
+)->np.ndarray:       # uint8 (h,w)
+    "`gray` with the histogram of each of `tiles` x `tiles` fields equalised, and the fields blended"
     return cv2.createCLAHE(clip, (tiles,tiles)).apply(gray)
 
 # %% ../nbs/02_dicom.ipynb #22a5a6a2
@@ -329,7 +360,7 @@ def enhance(
         mode = MODES[mode]
     return mode(gray)
 
-# %% ../nbs/02_dicom.ipynb #b94b9a30
+# %% ../nbs/02_dicom.ipynb #4a7e7955
 AGE_UNITS = dict(Y=1, M=1/12, W=7/365.25, D=1/365.25)
 
 def parse_age(
@@ -338,7 +369,7 @@ def parse_age(
     "Years from a DICOM PatientAge `s`; a bare number is years, as in RSNA"
     s = '' if pd.isna(s) else str(s).strip().upper()
     n,unit = (s[:-1],s[-1]) if s[-1:] in [*AGE_UNITS] else (s,'Y')
-    age = int(n)*AGE_UNITS[unit] if n.isascii() and n.isdigit() else np.nan
+    age = int(n)*AGE_UNITS[unit] if n.isascii() and n.isdigit() and len(n)<6 else np.nan
     return float(age) if age<=120 else np.nan
 
 # %% ../nbs/02_dicom.ipynb #ffeca586

@@ -78,12 +78,46 @@ def test_convert_and_resume(folder, tmp_path, capsys):
     pd.testing.assert_frame_equal(read_manifest(dst), conv(size=16, fit='letterbox').sort_values('image_id', ignore_index=True))
 
 def test_a_foreign_manifest_is_left_alone(folder, tmp_path):
-    for text in ('ship,cargo\nAda,tea\n', '', 'garbage\n"'):
-        (tmp_path/'png').mkdir(exist_ok=True); (tmp_path/'png'/'manifest.csv').write_text(text)
-        with pytest.raises(ValueError, match='no manifest of ours'): convert_folder(folder, tmp_path/'png', progress=False)
+    (tmp_path/'png').mkdir()
+    for text in ('ship,cargo\nAda,tea\n', 'image_id,label\na,b\n', 'garbage\n"'):
+        (tmp_path/'png'/'manifest.csv').write_text(text)
+        with pytest.raises(ValueError, match='choose another folder'): convert_folder(folder, tmp_path/'png', progress=False)
         assert (tmp_path/'png'/'manifest.csv').read_text()==text
-    (tmp_path/'png'/'manifest.csv').write_text('image_id,path\na,b\n') # of an older version
-    assert (convert_folder(folder, tmp_path/'png', size=16, progress=False).status=='ok').all()
+    (tmp_path/'png'/'manifest.csv').write_text('') # what a power cut may leave
+    m = convert_folder(folder, tmp_path/'png', size=16, progress=False)
+    assert (m.status=='ok').all()
+    df = pd.read_csv(tmp_path/'png'/'manifest.csv'); df.assign(mine=1).to_csv(tmp_path/'png'/'manifest.csv', index=False)
+    assert len(read_manifest(tmp_path/'png'))==6
+
+def test_a_power_cut_costs_only_what_it_cut(folder, tmp_path):
+    dst = tmp_path/'png'
+    convert_folder(folder, dst, size=16, progress=False)
+    want,first = tree(dst),mtimes(dst)
+    (dst/'study1.png').write_bytes(b'')                                                           # never reached the disk
+    (dst/'.manifest.999999999.journal').write_bytes(b'\0'*50+b'\n{"image_id": "st')              # nor did this
+    convert_folder(folder, dst, size=16, progress=False)
+    assert tree(dst)==want and [k for k,v in mtimes(dst).items() if v!=first[k]]==['study1.png']
+
+def test_an_id_is_never_taken_over(tmp_path):
+    for k,o in enumerate('ab'):
+        (tmp_path/o).mkdir(); save(stored(np.roll(chest(32),k*9,0)), tmp_path/o/'IM0001.dcm'); os.utime(tmp_path/o/'IM0001.dcm', (1,1))
+    convert_folder(tmp_path/'a', tmp_path/'png', size=16, progress=False)
+    with pytest.raises(ValueError, match='a/IM0001.dcm, converted earlier, and .*b/IM0001.dcm'): convert_folder(tmp_path/'b', tmp_path/'png', size=16, progress=False)
+    first = mtimes(tmp_path/'png')
+    os.rename(tmp_path/'a', tmp_path/'moved'); convert_folder(tmp_path/'moved', tmp_path/'png', size=16, progress=False) # the same file elsewhere
+    assert mtimes(tmp_path/'png')==first
+
+def test_odd_names(tmp_path):
+    (tmp_path/'src').mkdir()
+    save(stored(chest(16)), tmp_path/'src'/'a.dcm').rename(os.fsdecode(os.fsencode(tmp_path/'src')+b'/M\xfcller.dcm'))
+    save(stored(chest(16)), tmp_path/'src'/'a, "b"\nc.dcm'); save(stored(chest(16)), tmp_path/'src'/'x.IMA')
+    for kw in ({}, dict(pseudonymise='s')):
+        dst = tmp_path/f'png{len(kw)}'
+        for _ in range(2): assert (convert_folder(tmp_path/'src', dst, size=8, progress=False, **kw).status=='ok').all()
+        assert len(list(dst.glob('*.png')))==3
+    deep = tmp_path/'src'/('1.2.'*30)/('3.4.'*30)/('5.6.'*10); deep.mkdir(parents=True); save(stored(chest(16)), deep/'a.dcm')
+    m = convert_folder(tmp_path/'src', tmp_path/'deep', size=8, ids='path', progress=False)
+    assert m.status.value_counts().to_dict()==dict(ok=3, failed=1) and m.reason.str.contains('too long').sum()==1
 
 def test_failures_are_rows(folder, tmp_path, capsys):
     dst = tmp_path/'png'
@@ -117,7 +151,9 @@ def test_one_frame_of_several(tmp_path):
     film = np.stack([chest(64), 255-chest(64)])
     path = save(stored(film), tmp_path/'film.dcm')
     assert '2 frames' in convert_folder(path, tmp_path/'png', size=32, progress=False).reason[0]
-    m = convert_folder(path, tmp_path/'png', size=32, frame=1, progress=False)
+    save(stored(chest(64)), tmp_path/'single.dcm')
+    m = convert_folder(tmp_path, tmp_path/'png', size=32, frame=1, progress=False)
+    assert (m.status=='ok').all() # of the single one there is only one
     np.testing.assert_array_equal(cv2.imread(m.path[0], -1), resize(film[1], 32))
 
 # --- zip
@@ -153,6 +189,12 @@ def test_damaged_zips(tmp_path):
     m = convert_folder(tmp_path/'hurt.zip', tmp_path/'png', size=32, progress=False)
     assert m.status.tolist()==['failed','ok','ok'] and 'zip' in m.reason[0]
 
+def test_a_member_may_lie_about_its_size(tmp_path):
+    with zipfile.ZipFile(tmp_path/'c.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a.dcm', SAMPLE[0].read_bytes()[:132]+bytes(50_000_000))
+    b = bytearray((tmp_path/'c.zip').read_bytes()); at = b.rindex(b'PK\x01\x02'); b[at+24:at+28] = (1000).to_bytes(4,'little'); (tmp_path/'c.zip').write_bytes(b)
+    m = convert_folder(tmp_path/'c.zip', tmp_path/'png', max_bytes=10**6, progress=False)
+    assert m.status[0]=='failed' and ('zip' in m.reason[0] or 'max_bytes' in m.reason[0] or 'header' in m.reason[0])
+
 # --- who does the work
 
 @pytest.fixture(scope='module')
@@ -170,6 +212,12 @@ def test_threads_processes_and_dask_agree(tmp_path, reference):
     distributed = pytest.importorskip('distributed')
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
         run(client.get_executor(), 'dask')
+
+def test_forked_processes_read_one_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path/'c.zip', 'w') as z:
+        for k in range(120): z.write(SAMPLE[k%20], f's{k}.dcm')
+    with concurrent.futures.ProcessPoolExecutor(3, mp_context=__import__('multiprocessing').get_context('fork')) as ex:
+        assert (convert_folder(tmp_path/'c.zip', tmp_path/'png', size=32, executor=ex, progress=False).status=='ok').all()
 
 def die(*_): os._exit(1)
 
@@ -248,7 +296,6 @@ def test_two_runs_at_once(many, tmp_path):
     runs = [start(tmp_path/o, tmp_path/'png') for o in 'ab']
     assert all(p.wait(60)==0 for p in runs), [p.stderr.read() for p in runs]
     assert len(mtimes(tmp_path/'png'))==200
-    for o in 'ab': convert_folder(tmp_path/o, tmp_path/'png', size=200, progress=False)
     m = read_manifest(tmp_path/'png')
     assert len(m)==200 and (m.status=='ok').all()
 
@@ -272,6 +319,15 @@ def test_nothing_leaks(tmp_path):
     for f in (tmp_path/'plain').iterdir():
         for k,v in secret.items(): assert k=='PatientID' or v.encode() not in f.read_bytes() or (k=='PatientName' and f.name=='manifest.csv')
     for f in (tmp_path/'plain').glob('*.png'): assert {c for c in chunks(f)}<={b'IHDR',b'IDAT',b'IEND'}
+
+def test_pseudonyms_are_not_mixed_with_ids(folder, tmp_path):
+    for empty in ('',):
+        with pytest.raises(ValueError, match='secret is empty'): convert_folder(folder, tmp_path/'png', pseudonymise=empty, progress=False)
+    convert_folder(folder, tmp_path/'png', size=16, progress=False)
+    with pytest.raises(ValueError, match='under their own ids'): convert_folder(folder, tmp_path/'png', size=16, pseudonymise='s', progress=False)
+    m = convert_folder(folder, tmp_path/'hidden', size=16, pseudonymise='s', progress=False)
+    assert m.stamp.str.fullmatch('[0-9a-f]{20}').all() # sizes and dates would lead back
+    first = mtimes(tmp_path/'hidden'); convert_folder(folder, tmp_path/'hidden', size=16, pseudonymise='s', progress=False); assert mtimes(tmp_path/'hidden')==first
 
 def chunks(png):
     b,i = png.read_bytes(),8
@@ -315,6 +371,7 @@ def test_stats_are_numpys(tmp_path):
     np.testing.assert_allclose(mean, fg.mean(0)); np.testing.assert_allclose(std, fg.std(0))
     with pytest.raises(ValueError, match='no pixel'): foreground_stats([])
     with pytest.raises(ValueError, match='cannot be read'): foreground_stats([tmp_path/'none.png'])
+    with pytest.raises(ValueError, match='leave out the rows'): foreground_stats([m.path[0], None])
 
 # --- the command
 
@@ -330,6 +387,7 @@ def test_command(folder, tmp_path):
                  [folder,tmp_path/'png2','--workers','0'], [folder,tmp_path/'png2','--pseudonymise',tmp_path/'none']):
         bad = cli(*args)
         assert bad.returncode==2 and bad.stderr and 'Traceback' not in bad.stderr, args
+    assert cli('--version').stdout.startswith('lungdet ')
     text = cli('--help').stdout
     for o in ('--size','--mode','--fit','--frame','--ids','--pseudonymise','--workers','--max-gb','Exit code'): assert o in text
 

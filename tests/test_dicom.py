@@ -3,7 +3,7 @@ import importlib.util, signal, struct, time, warnings, zlib
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, convert_color_space
@@ -197,6 +197,7 @@ def test_parse_age(n, unit, pad):
 
 def test_parse_age_of_nothing():
     assert all(pd.isna(parse_age(s)) for s in (None, '', ' ', 'Y', '-5', '4.5Y', 'unknown', pd.NA, np.nan, '²'))
+    assert pd.isna(parse_age('9'*5000))
     assert parse_age(' 058y ')==58 and parse_age(58)==58
 
 # --- geometry
@@ -206,10 +207,11 @@ def test_parse_age_of_nothing():
 def test_a_mark_is_where_its_box_says(h, w, size, how, aspect, seed):
     "A bright rectangle drawn into the original is found in the square at the place that `Fit` gives, within half a pixel of the original"
     r = np.random.default_rng(seed)
-    bw,bh = r.integers(w//2,w*.9),r.integers(h//2,h*.9) # wide enough to cover some pixel of the square wholly
+    bw,bh = r.integers(w//2,w*.9),r.integers(h//2,h*.9)
     x,y = r.integers(0,w-bw),r.integers(0,h-bh)
     a = np.zeros((h,w), np.uint8); a[y:y+bh,x:x+bw] = 255
     f,box = fit_square(h,w,size,how,aspect),np.array([[x,y,x+bw,y+bh]], float)
+    assume(min(w*f.scale_x,h*f.scale_y)>=12) # or no pixel of the square is covered wholly
     np.testing.assert_allclose(f.back(f.place(box)), box, atol=1e-9)
     out = resize(a, size, how, aspect)/255.
     found = []
@@ -307,6 +309,30 @@ def test_frames():
     np.testing.assert_array_equal(to_gray(two, frame=1), to_gray(jpeg(film[1])))
     np.testing.assert_array_equal(to_gray(stored(chest(16)), frame=0), chest(16))
 
+def test_8_bits_in_16_pass_untouched():
+    a = chest(32)
+    np.testing.assert_array_equal(to_gray(stored(a.astype(np.uint16), 8)), a)
+
+def test_a_useless_window_is_judged_without_the_padding():
+    a = rng.normal(1000, 100, (64,64)).astype(np.int16); a[:,:20] = -2000
+    g = to_gray(stored(a, PixelPaddingValue=-2000, WindowCenter=-1500, WindowWidth=10)) # all of the patient is white in it
+    assert g[:,20:].std()>30 and (g[:,:20]==0).all()
+
+def test_voi_table_that_holds_more_than_it_says():
+    item = Dataset(); item.LUTDescriptor,item.LUTData = [4,0,10],[0,500,1023,4000]
+    item['LUTDescriptor'].VR = item['LUTData'].VR = 'US'
+    assert to_gray(stored(np.array([[0,1,2,3]],np.uint16), 12, VOILUTSequence=[item])).tolist()==[[0,125,255,255]]
+
+def test_slope_of_zero():
+    with pytest.raises(DicomError, match='RescaleSlope is 0'): to_gray(stored(DEEP, 12, RescaleSlope=0, RescaleIntercept=5))
+
+def test_deep_floats():
+    a = rng.normal(0, 1, (32,32)).astype(np.float32)
+    ds = stored(DEEP[:32,:32].copy(), 12)
+    del ds.PixelData; ds.FloatPixelData,ds.BitsAllocated = a.tobytes(),32
+    inner = np.sort(a.ravel())[1:-1]; lo,hi = np.percentile(inner, (.5,99.5))
+    np.testing.assert_allclose(to_gray(ds), np.clip((a-lo)/(hi-lo),0,1)*255, atol=.51)
+
 # --- every transfer syntax
 
 def as_syntax(a, uid, signed=False, **kw):
@@ -399,6 +425,29 @@ def test_deflated_bomb(tmp_path):
     assert path.stat().st_size<10**5
     with pytest.raises(DicomError, match='unpacks to more than'): read_dicom(path, max_bytes=10**7)
 
+@pytest.mark.parametrize('trick', ['long uid','no group length'])
+def test_deflated_bomb_in_disguise(tmp_path, trick):
+    ds = as_syntax(chest(64), DeflatedExplicitVRLittleEndian)
+    path = save(ds, tmp_path/'a.dcm'); b = path.read_bytes(); n = int.from_bytes(b[140:144],'little')
+    meta = b[144:144+n]
+    if trick=='long uid': meta = struct.pack('<HH2sH', 2, 1, b'OB', 0)[:6]+bytes(2)+struct.pack('<I',1200)+bytes(1200)+meta
+    head = b[:132]+(b[132:140]+struct.pack('<I',len(meta)) if trick=='long uid' else b'')+meta
+    z = zlib.compressobj(9, zlib.DEFLATED, -15)
+    path.write_bytes(head+z.compress(bytes(50_000_000))+z.flush())
+    with pytest.raises(DicomError, match='unpacks to more than'): read_dicom(path, max_bytes=10**7)
+
+def test_progressive_jpeg_is_refused():
+    ds = jpeg(chest(64))
+    ds.PixelData = encapsulate([cv2.imencode('.jpg', chest(64), [cv2.IMWRITE_JPEG_PROGRESSIVE,1])[1].tobytes()])
+    with pytest.raises(DicomError, match='progressive'): to_gray(ds)
+
+def test_memory_of_a_deep_picture_is_what_was_priced(tmp_path):
+    import tracemalloc
+    a = np.kron(DEEP, np.ones((15,15),np.uint16)) # 1080 x 1200
+    ds = read_dicom(save(stored(a, 12), tmp_path/'a.dcm'))
+    tracemalloc.start(); to_gray(ds); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak<=dicom._price(ds, 'a')*1.25
+
 def test_jpeg_ls_without_an_end_does_not_hang():
     ds = as_syntax(DEEP, JPEGLSLossless, bits=12)
     code = get_frame(ds.PixelData, 0, number_of_frames=1)
@@ -440,3 +489,12 @@ def test_fuzz(tmp_path):
     print(pd.Series(counts).unstack(fill_value=0)); print(f'slowest {slowest:.2f} s')
     for name in ('baseline',*(['real'] if 'real' in seeds else [])): # of a JPEG that lost its end, or a stretch of it, hardly anything passes
         assert counts.get((name,'cut','picture'),0)<=3
+
+def test_fit_takes_any_numbers():
+    import torch
+    f = Fit(.5,.25,1.,2.)
+    for b in (torch.tensor([[2,4,6,8]]), torch.tensor([[2.,4,6,8]]), np.array([[2,4,6,8]])): assert f.place(b).tolist()==[[2,3,4,4]]
+
+def test_names_in_any_alphabet(tmp_path):
+    ds = stored(chest(8)); ds.SpecificCharacterSet,ds.PatientID = 'ISO_IR 192','Müller1'
+    assert header_fields(read_dicom(save(ds, tmp_path/'a.dcm')))['patient_id']=='Müller1'

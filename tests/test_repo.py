@@ -1,5 +1,5 @@
 "Rules of the repository: one place for requirements, notebooks and modules in step, no traces of a machine"
-import configparser, json, re, tomllib
+import configparser, json, os, re, subprocess, tomllib
 from importlib.metadata import version
 from pathlib import Path
 import pytest
@@ -75,3 +75,10 @@ def test_relative_links_of_the_readme_lead_somewhere():
 
 def test_version_is_stated_once():
     assert SETTINGS['DEFAULT']['version']==re.search(r'"([^"]+)"', (ROOT/'lungdet'/'__init__.py').read_text())[1]
+
+def test_make_gives_notebooks_the_whole_path_of_the_data():
+    "They run in nbs/, so a path relative to the checkout must not reach them, wherever make got it from"
+    show = ['make','-s','-C',str(ROOT),'--no-print-directory','--eval','show:\n\t@echo "$$LUNGDET_DATA"','show']
+    for args,env in ((['LUNGDET_DATA=data/sample'],{}), ([],{'LUNGDET_DATA':'data/sample'})):
+        out = subprocess.run(show+args, env=os.environ|env, capture_output=True, text=True)
+        assert out.stdout.strip('\n')==str(ROOT/'data'/'sample'), out.stderr
