@@ -22,7 +22,7 @@ from pydicom.pixels import pixel_array as decode_frame
 from pydicom.uid import (DeflatedExplicitVRLittleEndian,ExplicitVRBigEndian,ExplicitVRLittleEndian,ImplicitVRLittleEndian,JPEGBaseline8Bit,
                          JPEGLSLossless,JPEGLSNearLossless,RLELossless)
 
-# %% ../nbs/02_dicom.ipynb #ffa147fb
+# %% ../nbs/02_dicom.ipynb #e5a71d97
 class DicomError(ValueError):
     "A DICOM that cannot become a picture: `name` of the file, `why`, and in `detail` what a library said, which may quote the header"
     def __init__(self, name, why, detail=''):
@@ -39,6 +39,7 @@ def _parse(name, file, **kw):
     try:
         try: return pydicom.dcmread(file, **kw)
         except InvalidDicomError: ds = pydicom.dcmread(file, force=True, **kw)
+    except FileNotFoundError as e: raise DicomError(name, "no such file") from e
     except Exception as e: raise DicomError(name, "the header does not parse; was the file cut short?", _said(e)) from e
     if 'Rows' not in ds or 'Columns' not in ds: raise DicomError(name, "not a DICOM: no 'DICM' at byte 128, and no picture without it")
     if 'TransferSyntaxUID' not in ds.file_meta:
