@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #c2a93663
+# %% ../nbs/index.ipynb #0197ca28
 from .core import *
 from .explore import *
 from .dicom import *
@@ -13,6 +13,7 @@ from .jpeg import *
 from .convert import *
 from .boxes import *
 from .formats import *
+from .readers import *
 from .data import *
 from .single import *
 from .anchors import *

@@ -135,7 +135,7 @@ def dicom_table(
         with ThreadPoolExecutor(n_workers) as ex: rows = list(ex.map(_header_row, todo))
     return pd.DataFrame(rows, columns='image_id path patient_id height width age sex view spacing status reason'.split())
 
-# %% ../nbs/02b_convert.ipynb #a4e097bf
+# %% ../nbs/02b_convert.ipynb #fa2858ac
 def encode_png(
     im:np.ndarray # uint8 (h,w), or (h,w,3) RGB
 )->bytes:
@@ -146,7 +146,7 @@ def encode_png(
     lines = np.empty((h,rows.shape[1]+1), np.uint8)
     lines[:,0] = 2                                                                               # filter 'up'
     lines[0,1:],lines[1:,1:] = rows[0],rows[1:]-rows[:-1]                                        # modulo 256
-    def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(data, zlib.crc32(kind)))
+    def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', isal_zlib.crc32(data, isal_zlib.crc32(kind)))
     head = struct.pack('>2I5B', w, h, 8, 0 if im.ndim==2 else 2, 0, 0, 0)                        # 8 bits, gray or RGB
     return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', head)+chunk(b'IDAT', isal_zlib.compress(lines, 1))+chunk(b'IEND', b'')
 

@@ -384,12 +384,12 @@ def data_path(n=24)->Path:
     committed = (repo := _repo()) and repo/'data'/'sample'
     return committed if committed and (committed/LABELS).exists() else make_sample(work_path(f'sample_v{PHANTOM}'))
 
-# %% ../nbs/00_core.ipynb #a1a36379
+# %% ../nbs/00_core.ipynb #9ef06d25
 @contextmanager
 def atomic_path(path):
     "A name beside `path` to write to, in a folder that exists; it becomes `path` at the end, and is deleted after an error"
     path = Path(path)
-    if not path.parent.is_dir(): path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.isdir(path.parent): path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield tmp

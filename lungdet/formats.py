@@ -142,20 +142,22 @@ def save(self:Annotations, folder:str|Path)->Path:
         with atomic_path(folder/name) as p: p.write_text(text)
     return folder
 
-# %% ../nbs/04_formats.ipynb #a9defda5
+# %% ../nbs/04_formats.ipynb #bbfcb2f1
 @patch(cls_method=True)
 def load(cls:Annotations, folder:str|Path)->Annotations:
     "Read what `save` wrote into `folder`"
     folder = Path(folder)
     if not (folder/'images.csv').exists(): raise ValueError(f"no images.csv in {folder}; was it written by Annotations.save?")
-    ids = dict(image_id=str, patient_id=str)
+    ids = dict(image_id=str, patient_id=str, birads=str, acr=str) # what looks like numbers and is none
     return cls(pd.read_csv(folder/'images.csv', dtype=ids), pd.read_csv(folder/'boxes.csv', dtype=ids),
                json.loads((folder/'classes.json').read_text()))
 
-# %% ../nbs/04_formats.ipynb #bf0e077e
+# %% ../nbs/04_formats.ipynb #a9232ea0
 @patch
 def to_coco(self:Annotations)->dict: # With `images`, `annotations` and `categories`
     "The same as a COCO data set; ids count from 1, boxes are left, top, width, height"
+    bad = self.images[['height','width']].isna().any(axis=1)
+    if bad.any(): raise ValueError(f"{bad.sum()} images have no height or width, for example {self.images.image_id[bad].tolist()[:3]}; COCO needs them")
     num = {o:i+1 for i,o in enumerate(self.images.image_id)}
     images = [dict(id=num[r.image_id], file_name=Path(r.path).name if isinstance(r.path,str) else r.image_id,
                    height=int(r.height), width=int(r.width)) for r in self.images.itertuples()]
