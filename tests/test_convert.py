@@ -230,7 +230,14 @@ def test_a_dying_worker_is_a_clear_error(tmp_path, monkeypatch):
 
 # --- interrupted
 
-CHILD = "import sys; from lungdet.convert import convert_folder; print('go', flush=True); convert_folder(sys.argv[1], sys.argv[2], size=200, progress=False)"
+SLOW = """import sys, time
+from lungdet import convert as c
+real = c._convert
+def slowly(*a): time.sleep(.01); return real(*a) # so that there is time to interrupt it, on any machine
+c._convert = slowly
+"""
+CHILD = SLOW+"print('go', flush=True); c.convert_folder(sys.argv[1], sys.argv[2], size=200, n_workers=2, progress=False)"
+COMMAND = SLOW+"sys.exit(c.main(sys.argv[1:]))"
 
 @pytest.fixture(scope='module')
 def many(tmp_path_factory):
@@ -246,12 +253,12 @@ def start(src, dst):
 
 def test_kill_at_random_moments(many, tmp_path):
     "kill -9 five times; the manifest has a row for every source each time, and in the end nothing shows that it happened"
-    begin = time.time(); convert_folder(many, tmp_path/'calm', size=200, progress=False); full = time.time()-begin
+    convert_folder(many, tmp_path/'calm', size=200, progress=False)
     r,dst,seen = random.Random(0),tmp_path/'png',[]
     for k in range(5):
         p = start(many, dst)
         while not (dst/'manifest.csv').exists(): time.sleep(.001)
-        time.sleep(r.uniform(0, full/5)); p.send_signal(signal.SIGKILL); p.wait()
+        time.sleep(r.uniform(.02,.25)); p.send_signal(signal.SIGKILL); p.wait()
         m = read_manifest(dst)
         assert len(m)==200 and set(m.status)<={'ok','todo'}
         for q in m[m.status=='ok'].path: assert cv2.imread(q, -1).shape==(200,200)
@@ -392,7 +399,7 @@ def test_command(folder, tmp_path):
     for o in ('--size','--mode','--fit','--frame','--ids','--pseudonymise','--workers','--max-gb','Exit code'): assert o in text
 
 def test_command_interrupted(many, tmp_path):
-    p = subprocess.Popen([Path(sys.executable).parent/'lungdet-convert', many, tmp_path/'png', '--size', '200'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', COMMAND, many, tmp_path/'png', '--size', '200'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path/'png').glob('*.png')): time.sleep(.01)
     p.send_signal(signal.SIGINT); out,err = p.communicate(timeout=30)
     assert p.returncode==130 and 'goes on from there' in err and 'Traceback' not in err
