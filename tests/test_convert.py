@@ -230,7 +230,8 @@ def test_a_dying_worker_is_a_clear_error(tmp_path, monkeypatch):
 
 # --- interrupted
 
-SLOW = """import sys, time
+SLOW = """import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background is born deaf to Ctrl-C
 from lungdet import convert as c
 real = c._convert
 def slowly(*a): time.sleep(.01); return real(*a) # so that there is time to interrupt it, on any machine
