@@ -207,7 +207,7 @@ def pseudonym(
     if not salt: raise ValueError("the secret is empty; then everybody could make the same pseudonyms")
     return id if pd.isna(id) else hmac.new(salt.encode(), str(id).encode('utf-8','surrogateescape'), hashlib.sha256).hexdigest()[:20]
 
-# %% ../nbs/02b_convert.ipynb #e86c9e15
+# %% ../nbs/02b_convert.ipynb #ce27f524
 _ENCODING = dict(encoding='utf-8', errors='surrogateescape') # names of files need not be text
 
 def _text(row):
@@ -222,6 +222,7 @@ def _alive(pid):
     except OSError: return True
     return True
 
+# %% ../nbs/02b_convert.ipynb #b07203d7
 class _Record:
     "The manifest in the folder `dst`, with its journal; `own` are the rows of this run"
     def __init__(self, dst):
@@ -260,25 +261,27 @@ class _Record:
             for o in [*self.dst.glob('.*.tmp'), *self.dst.glob('.manifest.*.journal')]:
                 if (o==self.journal) or not _alive(o.name.split('.')[-2]): o.unlink(missing_ok=True)
 
-    def done(self, i, src, job):
-        "Was the picture `i` made from `src` as it is now, with these settings, and is it there as it was made?"
-        r = self.rows.get(i)
-        if r is None or r['status']!='ok': return False
-        now = _text(dict(stamp=_stamp(src, job), **job.settings()))
-        if any(r[k]!=now[k] for k in ('stamp',*job.settings())): return False
-        try: return str(os.stat(self.dst/f'{i}.png').st_size)==r['bytes']
-        except OSError: return False
-
-    def clash(self, found, job):
-        "Refuse to overwrite the picture of another source, or to mix pseudonyms with ids"
-        for i,r in self.rows.items():
-            if job.salt and r['source']!=i: raise ValueError(f"{self.dst} holds pictures under their own ids, such as {i!r}; choose another folder for pseudonyms")
-            if not job.salt and i in found and r['source']!=str(found[i]) and os.path.exists(r['source']) and not _same(r['source'], found[i].path):
-                raise ValueError(f"two sources have the id {i!r}: {r['source']}, converted earlier, and {found[i]}; choose another folder, or ids='path'")
+# %% ../nbs/02b_convert.ipynb #bbffdb31
+def _done(rec, i, src, job):
+    "Was the picture `i` made from `src` as it is now, with these settings, and is it there as it was made?"
+    r = rec.rows.get(i)
+    if r is None or r['status']!='ok': return False
+    now = _text(dict(stamp=_stamp(src, job), **job.settings()))
+    if any(r[k]!=now[k] for k in ('stamp',*job.settings())): return False
+    try: return str(os.stat(rec.dst/f'{i}.png').st_size)==r['bytes']
+    except OSError: return False
 
 def _same(a, b):
+    "Are these two names of one file?"
     try: return os.path.samefile(a, b)
     except OSError: return False
+
+def _clash(rec, found, job):
+    "Refuse to overwrite the picture of another source, or to mix pseudonyms with ids"
+    for i,r in rec.rows.items():
+        if job.salt and r['source']!=i: raise ValueError(f"{rec.dst} holds pictures under their own ids, such as {i!r}; choose another folder for pseudonyms")
+        if not job.salt and i in found and r['source']!=str(found[i]) and os.path.exists(r['source']) and not _same(r['source'], found[i].path):
+            raise ValueError(f"two sources have the id {i!r}: {r['source']}, converted earlier, and {found[i]}; choose another folder, or ids='path'")
 
 # %% ../nbs/02b_convert.ipynb #1f6fa2e0
 def read_manifest(
@@ -325,7 +328,7 @@ def _run(todo, job, rec, ex, own, most=64):
         if own: ex.shutdown()
         rec.save()
 
-# %% ../nbs/02b_convert.ipynb #eb87bb29
+# %% ../nbs/02b_convert.ipynb #7cde0bf1
 def convert_folder(
     src,           # A folder, searched recursively, a zip, a file, or a list of files
     dst,           # Folder for the PNGs and manifest.csv
@@ -348,8 +351,8 @@ def convert_folder(
     if pseudonymise is not None: found = {pseudonym(i,pseudonymise):s for i,s in found.items()}
     try:
         rec = _Record(Path(dst))
-        rec.clash(found, job)
-        todo = [(i,s) for i,s in found.items() if not rec.done(i, s, job)]
+        _clash(rec, found, job)
+        todo = [(i,s) for i,s in found.items() if not _done(rec, i, s, job)]
         rec.own = {i:_text(dict(image_id=i, source=i if pseudonymise else str(s), status='todo', **job.settings())) for i,s in todo}
         run = _run(todo, job, rec, executor or ThreadPoolExecutor(n_workers or os.cpu_count()), executor is None)
         bar,failed,begin = progress_bar(run, total=len(todo)) if progress and todo else run,0,time.monotonic()
@@ -387,11 +390,11 @@ def foreground_stats(
     mean = hist@x/n
     return mean.tolist(),np.sqrt((hist@x**2)/n-mean**2).tolist()
 
-# %% ../nbs/02b_convert.ipynb #d8daa573
+# %% ../nbs/02b_convert.ipynb #0b004855
 def _parser():
     p = argparse.ArgumentParser('lungdet-convert', description="Convert DICOM radiographs to PNGs, with a manifest.csv of what was made of what. "
         "Run it again after an interruption: it goes on where it stopped.",
-        epilog="Exit code: 0 all converted, 1 some files failed (they are listed, and in the manifest), 2 it could not start, 130 interrupted.")
+        epilog="Exit code: 0 all converted, 1 some files failed (they are listed, and in the manifest), 2 it could not start or had to stop, such as for a full disk, 130 interrupted.")
     p.add_argument('src', help="a folder (searched recursively), a zip, or a DICOM file")
     p.add_argument('dst', help="folder for the PNGs and manifest.csv")
     p.add_argument('--size', type=int, default=512, help="side of the square PNGs in pixels (%(default)s)")

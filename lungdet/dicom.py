@@ -47,7 +47,7 @@ def _parse(name, file, **kw):
         ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     return ds
 
-# %% ../nbs/02_dicom.ipynb #55352218
+# %% ../nbs/02_dicom.ipynb #8c6085f0
 PIXELS = 'PixelData','FloatPixelData','DoubleFloatPixelData'
 MAX_BYTES = 2**30 # What the pixels of one file may need in memory
 
@@ -70,6 +70,7 @@ def _price(ds, name):
     if n<1 or samples not in (1,3,4) or not 1<=bits<=64: raise DicomError(name, f"{n} frames of {samples} samples of {bits} bits; the header is damaged")
     return h*w*max(n*samples*-(-bits//8), 16)
 
+# %% ../nbs/02_dicom.ipynb #29576f90
 def _inflated(data, most):
     "Does the deflated part of the DICOM `data` unpack to more than `most` bytes?"
     if DeflatedExplicitVRLittleEndian.encode() not in data: return False # nearly always; the rest is looked at properly
