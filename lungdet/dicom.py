@@ -8,7 +8,7 @@ __all__ = ['PIXELS', 'MAX_BYTES', 'FITS', 'MODES', 'AGE_UNITS', 'TAGS', 'DicomEr
            'header_fields']
 
 # %% ../nbs/02_dicom.ipynb #a6672cbc
-import importlib.util,io,struct,zlib
+import importlib.util,io,os,struct,zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,9 +100,10 @@ def read_dicom(
 def _content(path, most):
     "The bytes of the file at `path`, if they are not more than `most`"
     try:
-        if Path(path).is_dir(): raise DicomError(path, "is a folder, not a file")
-        if (n := Path(path).stat().st_size)>most: raise DicomError(path, f"the file has {n:,} bytes, more than max_bytes={most:,}")
-        return Path(path).read_bytes()
+        with open(path, 'rb') as f:
+            if (n := os.fstat(f.fileno()).st_size)>most: raise DicomError(path, f"the file has {n:,} bytes, more than max_bytes={most:,}")
+            return f.read()
+    except IsADirectoryError as e: raise DicomError(path, "is a folder, not a file") from e
     except FileNotFoundError as e: raise DicomError(path, "no such file") from e
     except OSError as e: raise DicomError(path, f"cannot be read: {e.strerror}") from e
 
@@ -208,9 +209,9 @@ def _stretch(x, counts, pct=(.5,99.5)):
 
 # %% ../nbs/02_dicom.ipynb #d7243f5a
 def _padding(a, ds):
-    "Mask (h,w) of the pixels of `a` that are declared to be no picture"
+    "Mask (h,w) of the pixels of `a` that are declared to be no picture, or None if the header declares none"
     lo,hi = _first(ds,'PixelPaddingValue'),_first(ds,'PixelPaddingRangeLimit')
-    if lo is None: return np.zeros(a.shape, bool)
+    if lo is None: return None
     lo,hi = sorted((lo,lo if hi is None else hi))
     return (a>=lo)&(a<=hi)
 
@@ -226,7 +227,7 @@ def _to8(a, pad, ds):
     if a.dtype.kind in 'iu' and int(a.max())-int(a.min())<2**16: values,where = np.arange(int(a.min()), int(a.max())+1),a.astype(np.int32)-int(a.min())
     else: values,where = np.unique(a, return_inverse=True)
     where = where.reshape(a.shape)
-    counts = np.bincount(where[~pad] if pad.any() and not pad.all() else where.ravel(), minlength=len(values))
+    counts = np.bincount(where[~pad] if pad is not None and pad.any() and not pad.all() else where.ravel(), minlength=len(values))
     return (_levels(values, counts, ds)*255+.5).astype(np.uint8)[where]
 
 def _plain(ds):
@@ -245,17 +246,18 @@ def to_gray(
     "The picture in `ds` as a radiologist's screen shows it, or a `DicomError`"
     try:
         kind = ds.PhotometricInterpretation
-        a = _decode(ds, frame, at_least if _plain(ds) and kind.startswith("MONOCHROME") and "PixelPaddingValue" not in ds else (0,0))
+        plain = _plain(ds)
+        a = _decode(ds, frame, at_least if plain and kind.startswith("MONOCHROME") and "PixelPaddingValue" not in ds else (0,0))
         if kind=='PALETTE COLOR': a = apply_color_lut(a, ds)
         if a.ndim==3: # (h,w,3)
             bits = ds.RedPaletteColorLookupTableDescriptor[2] if kind=='PALETTE COLOR' else ds.BitsStored
             return cv2.cvtColor((a >> max(0, bits-8)).astype(np.uint8), cv2.COLOR_RGB2GRAY)
         if kind not in ('MONOCHROME1','MONOCHROME2'): raise ValueError(f"photometric interpretation {kind!r} is not known")
         pad = _padding(a, ds)
-        plain = _plain(ds) and a.dtype.kind in 'iu' and 0<=a.min() and a.max()<=255 # 8 bits, in 8 or in 16
+        plain = plain and (a.dtype==np.uint8 or a.dtype.kind in 'iu' and 0<=a.min() and a.max()<=255) # 8 bits, in 8 or in 16
         g = a.astype(np.uint8) if plain else _to8(a, pad, ds)
         if kind=='MONOCHROME1': g = 255-g
-        g[pad] = 0
+        if pad is not None: g[pad] = 0
         return g
     except Exception as e: raise DicomError(getattr(ds,'filename',None) or 'data set', "the pixels cannot be read", _said(e)) from e
 
