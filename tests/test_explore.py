@@ -1,10 +1,17 @@
 "Chapter 01: against brute force, hand values, and the whole challenge's labels"
 
+import json, subprocess, sys
+from pathlib import Path
 import matplotlib; matplotlib.use('agg')
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
-from lungdet.explore import box_heatmap, box_stats, boxes_per_image, class_counts, plot_counts, rate_by, show_case
+from lungdet.core import XYXY
+from lungdet.evaluate import rsna_score
+from lungdet.explore import (box_heatmap, box_stats, boxes_per_image, challenge_tables, class_counts, plot_counts, rate_by, shortcut_auc,
+                             show_case)
+from lungdet.formats import Annotations
+from real import REAL
 
 def table(b, ids=None):
     b = np.asarray(b, float).reshape(-1,4)
@@ -83,20 +90,85 @@ def test_show_case():
 def test_bad_tables(call, why):
     with pytest.raises(ValueError, match=why): call(table([[0,0,5,5]]), pd.DataFrame(dict(image_id=['a'], category=['Normal'])))
 
+# --- what age, sex and view give away
+
+def people(n, seed=0, planted=False):
+    "`n` images whose category is drawn by lot, or, `planted`, follows from the view"
+    rng = np.random.default_rng(seed)
+    view = rng.choice(['AP','PA'], n)
+    hit = view=='AP' if planted else rng.random(n)<.3
+    return pd.DataFrame(dict(image_id=[f'i{k}' for k in range(n)], age=rng.integers(1,90,n).astype(float), sex=rng.choice(['F','M'],n), view=view,
+                             category=np.where(hit, 'Lung Opacity', 'Normal')))
+
+def test_shortcut_of_labels_by_lot_is_a_coin():
+    assert shortcut_auc(people(4000)).auc.between(.46,.54).all()
+
+def test_shortcut_that_is_planted_is_found_where_it_is():
+    a = shortcut_auc(people(600, planted=True)).auc
+    assert a.index.tolist()==['age','sex','view','age + sex + view']
+    assert a['view']==1 and a['age + sex + view']>.999 and abs(a['age']-.5)<.1 and abs(a['sex']-.5)<.1
+
+def test_shortcut_by_age():
+    im = people(1000); im['category'] = np.where(im.age>60, 'Lung Opacity', 'Normal')
+    assert shortcut_auc(im, ['age']).auc['age']==1
+    assert shortcut_auc(im.assign(category=np.where(im.age>60, 'a', 'b')), ['age'], category='b').auc['age']==1
+
+def test_shortcut_keeps_a_person_on_one_side():
+    im = people(400).assign(patient_id=[f'p{k//4}' for k in range(400)])
+    im['category'] = np.where(im.index//4%2, 'Lung Opacity', 'Normal')
+    im['bed'] = im.patient_id
+    assert shortcut_auc(im, ['bed']).auc['bed']==pytest.approx(.5)
+    assert shortcut_auc(im.drop(columns='patient_id'), ['bed']).auc['bed']>.99
+    assert shortcut_auc(im.assign(patient_id=pd.NA), ['bed']).auc['bed']>.99 # unknown: every image a person
+
+@pytest.mark.parametrize('age', [float, 'Float64'])
+def test_shortcut_with_gaps_is_repeatable(age):
+    im = people(300, planted=True).assign(nothing=pd.NA)
+    im['age'] = im.age.where(im.index%7>0).astype(age)
+    im['view'] = im['view'].where(im.index%5>0)
+    a,b = shortcut_auc(im, ('age','view','nothing')),shortcut_auc(im, ('age','view','nothing'))
+    pd.testing.assert_frame_equal(a, b)
+    assert a.auc['view']>.85 and a.auc['nothing']==.5
+
+@pytest.mark.parametrize('change,why', [(lambda i: i.drop(columns='sex'), 'sex'), (lambda i: i.head(0), 'empty'), (lambda i: i.assign(category='Normal'), '5 folds'),
+                                        (lambda i: i.assign(patient_id='one'), 'found 1')])
+def test_shortcut_says_what_is_wrong(change, why):
+    with pytest.raises(ValueError, match=why): shortcut_auc(change(people(60)))
+
 # --- the whole challenge
 
 @pytest.fixture(scope='module')
-def challenge(challenge_labels, challenge_headers):
-    "images and boxes of all 26,684 studies"
-    b = challenge_labels.dropna()
-    boxes = pd.DataFrame(dict(image_id=b.patientId, x1=b.x, y1=b.y, x2=b.x+b.width, y2=b.y+b.height))
-    images = challenge_headers.rename(columns=dict(PatientID='image_id', PatientAge='age', ViewPosition='view'))
-    return images.assign(category=np.where(images.image_id.isin(boxes.image_id), 'Lung Opacity', 'none')), boxes
+def challenge(): return challenge_tables()
+
+def test_challenge_tables_hold_what_the_files_say(challenge, challenge_labels, challenge_headers):
+    images,boxes = challenge
+    assert images.columns.tolist()=='image_id path patient_id height width age sex view category'.split() and boxes.columns.tolist()==['image_id',*XYXY,'label']
+    assert set(images.image_id)==set(challenge_labels.patientId) and images.image_id.is_unique and images.path.isna().all()
+    b = challenge_labels[challenge_labels.Target==1]
+    np.testing.assert_array_equal(boxes[XYXY].to_numpy(), np.c_[b.x, b.y, b.x+b.width, b.y+b.height])
+    assert boxes.image_id.tolist()==b.patientId.tolist() and (boxes.label=='Lung Opacity').all()
+    h = challenge_headers.set_index('PatientID').loc[images.image_id]
+    assert h.PatientSex.tolist()==images.sex.tolist() and h.ViewPosition.tolist()==images['view'].tolist()
+    old = (h.PatientAge>120).to_numpy()
+    assert sorted(h.PatientAge[old])==[148,150,151,153,155] and images.age.isna().tolist()==old.tolist()
+    assert images.age[~old].tolist()==h.PatientAge[~old].tolist() and (images.age.min(), images.age.max())==(1,92)
+    assert len(Annotations(images.assign(split=pd.NA), boxes, ['Lung Opacity']).boxes)==9555 # passes every check of the label tables
+
+def test_challenge_tables_without_the_wheel(monkeypatch, tmp_path):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(FileNotFoundError, match='pip install torchxrayvision'): challenge_tables()
+    class Empty: submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: Empty)
+    with pytest.raises(FileNotFoundError, match='kaggle_stage_2_train_labels'): challenge_tables()
+
+def test_challenge_tables_do_not_import_the_package():
+    run = "import sys; from lungdet.explore import challenge_tables; print(len(challenge_tables()[1]), 'torchxrayvision' in sys.modules)"
+    assert subprocess.run([sys.executable,'-c',run], capture_output=True, text=True, check=True).stdout.split()==['9555','False']
 
 def test_whole_challenge(challenge):
     images,boxes = challenge
     c = class_counts(images)
-    assert c.n.sum()==26684 and c.loc['Lung Opacity','n']==6012 and c.loc['none','n']==11821+8851
+    assert c.n.sum()==26684 and c.loc['Lung Opacity','n']==6012 and c.loc['No Lung Opacity','n']==11821+8851
     assert boxes_per_image(boxes, images).to_dict()=={0:20672, 1:2614, 2:3266, 3:119, 4:13}
     s = box_stats(boxes)
     assert s.loc['width','n']==9555 and s.loc['per_image','n']==6012
@@ -107,6 +179,61 @@ def test_what_the_page_says_about_the_challenge(challenge):
     images,boxes = challenge
     v = rate_by(images, 'view').rate
     assert round(v.AP,2)==.38 and round(v.PA,2)==.09
-    assert sorted(images.age[images.age>120])==[148,150,151,153,155]
-    heat = box_heatmap(boxes)
+    heat = box_heatmap(boxes, images)
     assert heat[:10].max()<.01 and heat[64,62:66].max()<.2 and heat[50:70,25:45].max()>.4 # neck, spine, right lung
+    n,left = boxes.groupby('image_id').size(), ((boxes.x1+boxes.x2)/2<512).groupby(boxes.image_id).sum()
+    assert ((n==2)&(left==1)).sum()/(n==2).sum()>.97 and .6<left[n==1].mean()<.64
+
+def test_challenge_shortcut(challenge):
+    a = shortcut_auc(challenge[0])
+    assert .70<a.auc['age + sex + view']<.73 and .70<a.auc['view']<.715 and .52<a.auc['age']<.54 and .50<a.auc['sex']<.52
+    assert a.sd.max()<.02
+
+@pytest.mark.skipif(not (REAL/'rsna_full'/'nih_map.csv').exists(), reason='no list of the people of the challenge')
+def test_challenge_shortcut_with_the_people_known(challenge):
+    "The same, so the page's figure is honest; trees, which bend more, owe a part of theirs to people on both sides"
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_score
+    images = challenge[0]
+    who = pd.read_csv(REAL/'rsna_full'/'nih_map.csv').set_index('patientId').nih_patient.reindex(images.image_id).to_numpy()
+    assert pd.Series(who).nunique()<len(images)/2
+    apart,known = shortcut_auc(images).auc, shortcut_auc(images.assign(patient_id=who)).auc
+    assert abs(known-apart).max()<.005
+    y,tree = images.category=='Lung Opacity',HistGradientBoostingClassifier(max_iter=50, random_state=0)
+    age = lambda split: cross_val_score(tree, images[['age']], y, groups=who, scoring='roc_auc', cv=split(5, shuffle=True, random_state=0)).mean()
+    with pytest.warns(UserWarning, match='groups'): leaky = age(StratifiedKFold)
+    assert leaky>age(StratifiedGroupKFold)+.02
+
+# --- the page's short version of the challenge's score
+
+@pytest.fixture(scope='module')
+def image_score():
+    "The function of the notebook, which it does not export"
+    nb = json.loads((Path(__file__).resolve().parent.parent/'nbs'/'01_explore.ipynb').read_text())
+    src, = [''.join(c['source']) for c in nb['cells'] if c['cell_type']=='code' and 'def image_score(' in ''.join(c['source'])]
+    exec(src, found := dict(np=np))
+    return found['image_score']
+
+def test_image_score_is_the_metric(image_score):
+    rng = np.random.default_rng(0)
+    def some(n): xy = rng.integers(0,6,(n,2))*20.; return np.c_[xy, xy+rng.integers(2,6,(n,2))*20.]
+    for _ in range(150):
+        t,p = some(rng.integers(0,5)),some(rng.integers(0,5))
+        ann = Annotations(pd.DataFrame(dict(image_id=['a'], height=400, width=400)), pd.DataFrame(t, columns=XYXY).assign(image_id='a', label='L'), ['L'])
+        pred = pd.DataFrame(p, columns=XYXY).assign(image_id='a', label='L', score=np.linspace(.9,.1,len(p)))
+        assert image_score(t,p)==pytest.approx(rsna_score(ann, pred), abs=1e-12, nan_ok=True)
+
+def test_floors_of_the_page_with_the_proper_metric(challenge):
+    images,boxes = challenge
+    ann = Annotations(images.assign(split=pd.NA), boxes, ['Lung Opacity'])
+    half = np.where((boxes.x1+boxes.x2)/2<512, 'left', 'right')
+    two = boxes.groupby(half)[XYXY].median().assign(label='Lung Opacity', score=[.9,.8])
+    everywhere = images[['image_id']].merge(two, how='cross')
+    assert rsna_score(ann, everywhere.head(0))==0
+    assert rsna_score(ann, everywhere)==pytest.approx(.021, abs=.0006)
+    assert rsna_score(ann, everywhere[everywhere.image_id.isin(boxes.image_id)])==pytest.approx(.095, abs=.0006)
+    perfect = boxes.assign(score=.9) # the cap that the page names, and its exercise
+    negative = images.image_id[images.category!='Lung Opacity']
+    alarm = lambda ids: pd.concat([perfect, pd.DataFrame(dict(image_id=ids, x1=100., y1=100., x2=300., y2=300., label='Lung Opacity', score=.5))])
+    assert rsna_score(ann, alarm(negative))==pytest.approx(6012/26684)
+    assert rsna_score(ann, alarm(negative[::10]))==pytest.approx(.744, abs=.0005)
