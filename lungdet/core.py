@@ -19,7 +19,7 @@ from pydicom import Dataset, DataElement, dataset, encaps, uid
 from scipy.interpolate import CubicSpline
 
 # %% ../nbs/00_core.ipynb #f91650f8
-TRUTH, PRED, MUTED = '#2ca02c', '#ff7f0e', '#7f7f7f' # Ground truth, prediction, everything else
+TRUTH, PRED, MUTED = '#56b4e9', '#e69f00', '#7f7f7f' # Ground truth, prediction (two that everybody can tell apart), everything else
 XYXY = ['x1','y1','x2','y2'] # The corners of a box in a table, px
 CATEGORY_COLORS = {'Normal':'#1f77b4', 'No Lung Opacity / Not Normal':'#9467bd', 'Lung Opacity':'#d62728'}
 
@@ -66,7 +66,7 @@ def show_boxes(
     for i,(x1,y1,x2,y2) in enumerate(b):
         for c,w in (('k',3),(color,1.5)): ax.add_patch(plt.Rectangle((x1,y1), x2-x1, y2-y1, fill=False, ec=c, lw=w))
         txt = ' '.join([str(o[i]) for o in [labels] if o] + [f'{float(o[i]):.2f}' for o in [scores] if o])
-        if txt: ax.text(x1, y1, txt, fontsize=7, color='w', va='bottom', clip_on=True, bbox=dict(fc=color, ec='k', lw=.5, pad=1))
+        if txt: ax.text(x1, y1, txt, fontsize=7, color='k', va='bottom', clip_on=True, bbox=dict(fc=color, ec='k', lw=.5, pad=1))
     return ax
 
 # %% ../nbs/00_core.ipynb #b4bde1be

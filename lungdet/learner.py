@@ -38,10 +38,9 @@ def retinanet_learner(
 )->Learner:
     "A fastai learner of a RetinaNet"
     anchors = anchors or Anchors()
-    in_channels = dls.train_ds[0][0].shape[0] # a picture is (C,h,w)
-    model = RetinaNet(Backbone(backbone, pretrained, in_channels), dls.c, anchors.per_cell, width, depth)
+    model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth)
     learn = Learner(dls, model, loss_func=RetinaLoss(anchors, (dls.size,dls.size), **(loss or {})), splitter=retina_splitter, **kwargs)
-    learn.detector = dict(backbone=backbone, in_channels=in_channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
+    learn.detector = dict(backbone=backbone, in_channels=dls.channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
                           sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels)
     if pretrained: learn.freeze()
     return learn

@@ -176,7 +176,7 @@ def single_box_learner(
     **kwargs # For `Learner`
 )->Learner:
     "A fastai learner of one box per image, frozen up to the head if `pretrained`"
-    model = SingleBoxModel(Backbone(backbone, pretrained, dls.train_ds[0][0].shape[0])) # a picture is (C,h,w)
+    model = SingleBoxModel(Backbone(backbone, pretrained, dls.channels))
     learn = Learner(dls, model, loss_func=SingleBoxLoss(scale), splitter=single_box_splitter,
                     metrics=[PositiveIoU(), AvgMetric(box_accuracy)], **kwargs)
     if pretrained: learn.freeze()

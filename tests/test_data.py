@@ -1,10 +1,11 @@
-"Splits without leaks, boxes that move with their picture"
-import cv2, numpy as np, pandas as pd, pytest, torch
+"Batches of pictures and boxes, and the cache behind them"
+import cv2, errno, multiprocessing, numpy as np, os, pandas as pd, pickle, pytest, signal, time, torch
 from fastai.vision.all import set_seed
 from hypothesis import given, settings, strategies as st
+from lungdet.augment import Augment, PAD
 from lungdet.data import *
-from lungdet.data import PAD
 from lungdet.formats import Annotations, read_rsna
+import lungdet.data
 from real import REAL, needs_real
 
 def toy(folder, n=8, boxes=True, size=128, **kw):
@@ -43,19 +44,6 @@ def test_batches_are_in_pixels_of_the_picture(tmp_path, mode, channels):
     assert x.shape==(2,channels,64,64) and labels.tolist()==[[0],[0]]
     torch.testing.assert_close(boxes[0].as_subclass(torch.Tensor), torch.tensor([[37.5,15,52.5,35]]))
 
-@pytest.mark.parametrize('seed', range(4))
-def test_boxes_move_with_their_picture(tmp_path, seed):
-    set_seed(seed)
-    dls = detection_dls(toy(tmp_path, 34), size=128, bs=32, aug=dict(max_rotate=20., max_zoom=1.4, min_zoom=.8, max_warp=0., max_lighting=0., p_affine=1., pad_mode='zeros'))
-    (x,boxes,labels),seen = dls.one_batch(),0
-    for im,b,l in zip(dls.train.pictures(x), boxes, labels):
-        yx = np.argwhere(im[...,0]>.5)
-        tight = torch.tensor([*yx.min(0)[::-1],*(yx.max(0)[::-1]+1)]).float()
-        if l[0]==PAD or b[0].min()<=0 or b[0].max()>=128: continue # cut at the edge, a turned rectangle leaves a corner of its box empty
-        assert (tight-b[0]).abs().max()<2.5
-        seen += 1
-    assert seen>=10
-
 def test_negatives_only(tmp_path):
     dls = detection_dls(toy(tmp_path, boxes=False), size=64, bs=4)
     x,boxes,labels = dls.one_batch()
@@ -77,3 +65,123 @@ def test_real_patients_do_not_leak():
     assert len(ann)==605 and len(ann.boxes)==342 and ann.boxes.image_id.nunique()==223
     assert ann.images.category.value_counts().to_dict()=={'No Lung Opacity / Not Normal':286,'Lung Opacity':223,'Normal':96}
     assert (ann.images.groupby('patient_id').split.nunique()==1).all() and ann.images.patient_id.nunique()<605
+
+def pictures(folder, n=12, size=40, channels=1):
+    g = np.random.default_rng(0)
+    for i in range(n): cv2.imwrite(str(folder/f'{i}.png'), g.integers(0,255,(size,size,channels),dtype=np.uint8))
+    return [str(folder/f'{i}.png') for i in range(n)]
+
+@pytest.mark.parametrize('channels,mode', [(1,'gray'),(1,'stack'),(3,'gray')])
+def test_cache_holds_what_load_picture_reads(tmp_path, channels, mode):
+    paths = pictures(tmp_path, channels=channels)
+    c = PictureCache(paths, tmp_path/'c', 32, mode)
+    for p in paths: np.testing.assert_array_equal(c[p], np.atleast_3d(load_picture(p, 32, mode)))
+    assert c.a.shape==(12,32,32,1 if (channels,mode)==(1,'gray') else 3) and not c.a.flags.writeable and isinstance(c.a, np.memmap)
+    assert len(c)==12 and paths[0] in c and 'other.png' not in c
+
+def test_cached_batches_are_the_same(tmp_path):
+    ann = toy(tmp_path)
+    (x,b,l),(cx,cb,cl) = (detection_dls(ann, size=64, bs=4, aug=None, cache=c).valid.one_batch() for c in (None,tmp_path/'c'))
+    assert torch.equal(x,cx) and torch.equal(b,cb) and torch.equal(l,cl)
+
+def test_cache_is_made_again_when_a_source_changes(tmp_path):
+    paths = pictures(tmp_path)
+    old = PictureCache(paths, tmp_path/'c', 32)
+    before = old[paths[3]]
+    cv2.imwrite(paths[3], np.full((40,40), 7, np.uint8))
+    with pytest.raises(ValueError, match='3.png has changed'): old[paths[3]]
+    new = PictureCache(paths, tmp_path/'c', 32)
+    assert (new[paths[3]]==7).all() and not (before==7).all() and new.file==old.file
+
+@pytest.mark.parametrize('harm', ['cut','gone','json'])
+def test_damaged_cache_is_made_again(tmp_path, harm):
+    paths = pictures(tmp_path)
+    c = PictureCache(paths, tmp_path/'c', 32)
+    want = c[paths[5]]
+    if harm=='cut': os.truncate(c.file, c.file.stat().st_size//2)
+    if harm=='gone': c.file.unlink()
+    if harm=='json': c.file.with_suffix('.json').write_text('{')
+    np.testing.assert_array_equal(PictureCache(paths, tmp_path/'c', 32)[paths[5]], want)
+
+def test_cache_names_what_it_cannot_read(tmp_path):
+    paths = pictures(tmp_path)
+    (tmp_path/'4.png').write_bytes(b'x'); (tmp_path/'7.png').write_bytes(b'')
+    with pytest.raises(ValueError, match='2 of 12 pictures cannot be used.*4.png.*7.png'): PictureCache(paths, tmp_path/'c', 32)
+    with pytest.raises(ValueError, match='there is no file.*gone'): PictureCache([*paths,'gone.png'], tmp_path/'c', 32)
+    colour = tmp_path/'colour.png'
+    cv2.imwrite(str(colour), np.zeros((8,8,3),np.uint8))
+    with pytest.raises(ValueError, match='colour.png has 3 channels, those before it 1'): PictureCache([paths[0],str(colour)], tmp_path/'c', 32)
+    assert not [*(tmp_path/'c').glob('*.npy')] and not [*(tmp_path/'c').glob('.*.tmp')]
+
+def test_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    paths = pictures(tmp_path)
+    real = lungdet.data.np.lib.format.write_array_header_1_0
+    def full(f, d): real(f, d); raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(lungdet.data.np.lib.format, 'write_array_header_1_0', full)
+    with pytest.raises(OSError, match='cannot hold the pictures: No space left.*12 of 32 px need 0.0 GB'): PictureCache(paths, tmp_path/'c', 32)
+    assert not [o for o in (tmp_path/'c').iterdir() if o.suffix!='.lock']
+
+def _make(paths, folder, out):
+    c = PictureCache(paths, folder, 32)
+    out.put((int(c.a.sum()), c.file.stat().st_mtime_ns))
+
+def test_two_that_want_the_same_cache_make_it_once(tmp_path):
+    paths,ctx = pictures(tmp_path, 200),multiprocessing.get_context('fork')
+    out = ctx.Queue()
+    ps = [ctx.Process(target=_make, args=(paths,tmp_path/'c',out)) for _ in range(3)]
+    for p in ps: p.start()
+    got = [out.get(timeout=60) for _ in ps]
+    for p in ps: p.join()
+    assert len(set(got))==1 and len([*(tmp_path/'c').glob('*.npy')])==1
+
+def test_killed_while_making_it(tmp_path, monkeypatch):
+    paths = pictures(tmp_path, 60)
+    pid = os.fork()
+    if not pid:
+        real = lungdet.data.load_picture
+        lungdet.data.load_picture = lambda *a: (time.sleep(.05), real(*a))[1]
+        try: PictureCache(paths, tmp_path/'c', 32, n_workers=1)
+        finally: os._exit(0)
+    while not [*(tmp_path/'c').glob('.*.tmp')]: time.sleep(.01)
+    time.sleep(.3); os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    assert not [*(tmp_path/'c').glob('*.npy')]
+    c = PictureCache(paths, tmp_path/'c', 32)
+    np.testing.assert_array_equal(c[paths[59]], np.atleast_3d(load_picture(paths[59], 32, 'gray')))
+    assert not [*(tmp_path/'c').glob('.*.tmp')]
+
+def test_workers_map_the_cache_themselves(tmp_path):
+    c = PictureCache(pictures(tmp_path), tmp_path/'c', 32)
+    assert c.a is not None
+    assert len(pickle.dumps(c))<10_000 and pickle.loads(pickle.dumps(c)).a.shape==c.a.shape
+    ann = toy(tmp_path, 12)
+    xs = [torch.cat([b[0] for b in detection_dls(ann, size=32, bs=4, aug=None, cache=tmp_path/'c', num_workers=k).valid]) for k in (0,2)]
+    assert torch.equal(*xs)
+
+def test_positive_images_can_be_drawn_more_often(tmp_path):
+    ann = toy(tmp_path, 102)
+    ann = Annotations(ann.images, ann.boxes.head(10), ann.classes) # 10 of 100 in training
+    set_seed(0)
+    def share(**kw): return float(torch.cat([(b[2]!=PAD).any(1) for _ in range(10) for b in detection_dls(ann, size=8, bs=50, aug=None, **kw).train]).float().mean())
+    assert abs(share()-.1)<1e-6 and abs(share(positives=.5)-.5)<.06 and abs(share(positives=.3)-.3)<.06
+    for bad in (0,1,-1):
+        with pytest.raises(ValueError, match='positives='): detection_dls(ann, size=8, positives=bad)
+    assert len(detection_dls(ann, size=8, bs=50, positives=.5).train)==2 # an epoch is as long as before
+
+def test_one_box_cannot_be_mixed(tmp_path):
+    with pytest.raises(ValueError, match='mixup and mosaic'): single_box_dls(toy(tmp_path), size=32, bs=2, aug=Augment(mosaic=.1))
+
+def test_show_results_writes_class_and_score_in_two_colours(tmp_path):
+    import matplotlib.colors as mc
+    from lungdet.core import PRED, TRUTH
+    ann = toy(tmp_path)
+    dls = detection_dls(Annotations(ann.images, ann.boxes.assign(label=['a','b']*4), ['a','b']), size=64, bs=2, aug=None)
+    b = dls.valid.one_batch()
+    axs = dls.valid.show_results(b, torch.tensor([[[5,5,20,20,.75,1.]],[[1,1,9,9,.1,0.]]]))
+    text = [[t.get_text() for t in ax.texts] for ax in axs]
+    assert text==[['a','b 0.75'],['b']] # the second prediction is below the threshold
+    edge = {mc.to_hex(p.get_edgecolor()) for ax in axs for p in ax.patches}
+    assert edge=={TRUTH,PRED,'#000000'}
+    lum = [.2126*r+.7152*g+.0722*b for r,g,b in (mc.to_rgb(c) for c in (TRUTH,PRED))]
+    assert mc.to_rgb(TRUTH)[2]-mc.to_rgb(PRED)[2]>.5 and min(lum)>.3 # blue against yellow, the difference that red-green blindness leaves
+    shown = axs[0].images[0].get_array()
+    assert shown.min()>=0 and shown.max()<=1 and np.unique(np.asarray(shown).round(2)).size<=4 # the rectangle as it is on disk, not normalised
