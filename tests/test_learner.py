@@ -108,3 +108,18 @@ def test_single_box_learner_learns(tmp_path):
     assert learn.validate()[1]>.6
     preds = single_box_preds(learn)
     assert len(preds)==2 and (preds[['x1','y1','x2','y2']]-[300,120,420,280]).abs().to_numpy().max()<60
+
+@pytest.mark.parametrize('boxes', [True,False])
+def test_every_path_takes_negatives(tmp_path, boxes):
+    "show_batch, training, validation with metrics, predict, get_preds, show_results: with boxes, and with none anywhere"
+    ann = toy(tmp_path, 10, boxes=boxes)
+    for learn in (retinanet_learner(detection_dls(ann, size=64, bs=4), 'resnet18', pretrained=False, width=16, depth=1),
+                  single_box_learner(single_box_dls(ann, size=64, bs=4), 'resnet18', pretrained=False)):
+        learn.dls.show_batch(max_n=2)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+        with learn.no_bar():
+            assert np.isfinite(learn.validate()[0])
+            dets,_,_ = learn.predict(dict(path=ann.images.path[0]))
+            assert dets.ndim==2 and dets.shape[1]==6 and np.isfinite(dets).all()
+            assert len(learn.get_preds(dl=learn.dls.test_dl([dict(path=p) for p in ann.images.path[:3]]))[0])
+            learn.show_results(max_n=2)
