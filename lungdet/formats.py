@@ -60,7 +60,9 @@ def check_boxes(
     complain(~boxes.label.isin(classes), boxes, f"a label that is none of {classes}")
     size = images.set_index('image_id').loc[boxes.image_id, ['height','width']].fillna(np.inf).to_numpy()
     out = (xy.x1<-1)|(xy.y1<-1)|(xy.x2>size[:,1]+1)|(xy.y2>size[:,0]+1)
-    complain(out, boxes, "outside of its image; are these boxes of another size of the picture?")
+    h,w = next(iter(size[out.to_numpy()]), (np.inf,np.inf)) # of the first at fault
+    known = f", {w:.0f} wide and {h:.0f} high" if np.isfinite(h+w) else ""
+    complain(out, boxes, f"outside of its image{known}; already scaled, for another size of the picture, or corners read as sizes?")
     xy[['x1','x2']],xy[['y1','y2']] = xy[['x1','x2']].clip(0,size[:,[1]]),xy[['y1','y2']].clip(0,size[:,[0]])
     return boxes.assign(**{c:xy[c] for c in xy})
 

@@ -18,6 +18,11 @@ def test_bad_boxes_are_named(change, why):
     with pytest.raises(ValueError, match=why) as e: Annotations(ims, bad, ['a'])
     assert 'row 1' in str(e.value) and '1 of 2' in str(e.value)
 
+def test_coordinates_beyond_the_image_say_its_size_and_the_likely_cause():
+    ims,boxes = tables()
+    with pytest.raises(ValueError, match='200 wide and 100 high; already scaled, for another size of the picture'): Annotations(ims, boxes.assign(x2=260.))
+    with pytest.raises(ValueError, match='outside of its image; already scaled'): Annotations(ims.assign(height=np.nan), boxes.assign(x1=-9.))
+
 def test_overhang_of_a_pixel_is_cut():
     ims,boxes = tables()
     b = Annotations(ims, boxes.assign(x2=200.7, y1=-.5)).boxes
