@@ -14,6 +14,7 @@ from .convert import *
 from .boxes import *
 from .formats import *
 from .readers import *
+from .doctor import *
 from .data import *
 from .single import *
 from .anchors import *
