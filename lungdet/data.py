@@ -6,7 +6,7 @@
 __all__ = ['load_picture', 'PictureCache', 'LoadImage', 'picture_fit', 'LoadBoxes', 'LoadLabels', 'PadBoxes', 'Repeat',
            'Normalise', 'DetectionDL', 'detection_dls', 'largest_box', 'single_box_dls']
 
-# %% ../nbs/05_data.ipynb #e29a8f7a
+# %% ../nbs/05_data.ipynb #44aa5fb5
 import cv2, hashlib, json, numpy as np, os, pandas as pd, shutil, torch
 from concurrent.futures import ThreadPoolExecutor
 from fastprogress.fastprogress import progress_bar
@@ -164,7 +164,7 @@ class Normalise(Normalize):
     "fastai's `Normalize` without a second copy of the batch"
     def encodes(self, x:TensorImage): return (x-self.mean).div_(self.std)
 
-# %% ../nbs/05_data.ipynb #87fb07d4
+# %% ../nbs/05_data.ipynb #a44f107d
 class DetectionDL(TfmdDL):
     "A fastai DataLoader whose batches are pictures (N,C,h,w), boxes (N,M,4) in pixels and labels (N,M)"
     weights,classes = None,() # how often each item is drawn; the names of the labels

@@ -11,7 +11,7 @@ from lungdet import convert
 from lungdet.convert import *
 from lungdet.convert import main
 from lungdet.core import data_path
-from lungdet.data import LoadBoxes, detection_dls, split_patients
+from lungdet.data import LoadBoxes, detection_dls
 from lungdet.dicom import DicomError, Enhance, enhance, read_dicom, resize, to_gray
 from lungdet.formats import read_rsna
 
