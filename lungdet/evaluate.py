@@ -300,7 +300,7 @@ def cases(self:Report, k:int=3)->dict:
 
 @patch
 def gallery(self:Report, k:int=3):
-    "Up to `k` of the best, worst, missed and false-alarm cases: truth green, predictions orange"
+    "Up to `k` of the best, worst, missed and false-alarm cases: truth blue, predictions orange"
     fig,axs = plt.subplots(4 if k>1 else 1, k if k>1 else 4, figsize=(2.6*k,11) if k>1 else (8,2.2), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.set_axis_off()
     for axs,(kind,ids) in zip(axs.reshape(4,k), self.cases(k).items()):
@@ -319,7 +319,7 @@ REPORT_KEY = {'RSNA':'score of the RSNA 2018 challenge at the threshold; its win
     'AP50, AP':'average precision at IoU .5, and over IoU .5 to .95', 'FROC':'mean sensitivity for lesions at 1/8 to 8 false positives per image',
     'AUC':'how well the highest score ranks images with a lesion above images without',
     'sensitivity, specificity':'share of images with, and without, a lesion that are called rightly at the threshold',
-    'in brackets':'95 % bootstrap interval, over patients where they are known', 'pictures':'truth green, predictions orange'}
+    'in brackets':'95 % bootstrap interval, over patients where they are known', 'pictures':'truth blue, predictions orange'}
 
 def _html_figure(fig, alt, dpi=80):
     "`fig` as an image inside HTML; closes `fig`"

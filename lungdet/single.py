@@ -12,7 +12,7 @@ import torch.nn.functional as F, pandas as pd
 from pathlib import Path
 from torch import nn, Tensor
 from fastai.vision.all import Learner, L, params, Metric, AvgMetric, AdaptiveConcatPool2d
-from .boxes import iou, clip_boxes, scale_boxes
+from .boxes import iou, clip_boxes
 from .data import PAD, picture_fit
 
 # %% ../nbs/06_single.ipynb #85d3549c
