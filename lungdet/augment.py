@@ -16,14 +16,14 @@ from .boxes import area, clip_boxes
 # %% ../nbs/04d_augment.ipynb #1488b8a6
 PAD = -1 # The label of a row that holds no box
 
-# %% ../nbs/04d_augment.ipynb #4fb1b08d
+# %% ../nbs/04d_augment.ipynb #a4caf986
 def draw_affine(
     n:int,            # How many
     flip:float=0.,    # Probability of a mirror image
     rotate:float=0.,  # Largest angle, degrees
     zoom:tuple=(1.,1.), # Smallest and largest scale; above 1 is nearer, which crops
     shift:float=0.,   # Largest shift, share of the side
-    p:float=1.        # Probability that an image is turned, zoomed and shifted at all
+    p:float=1.        # Probability that an image is turned, zoomed and shifted at all; `flip` has its own
 )->Tensor:            # (n,2,3)
     "Random matrices that take points of a picture, -1 to 1 across it, to their place in the new one"
     u = torch.rand(6, n)
@@ -35,7 +35,7 @@ def draw_affine(
     c,s = angle.cos()*scale,angle.sin()*scale
     return torch.stack([c*side, -s, dx, s*side, c, dy], -1).view(n,2,3)
 
-# %% ../nbs/04d_augment.ipynb #585095ef
+# %% ../nbs/04d_augment.ipynb #c023ba96
 def warp(
     x:Tensor, # Pictures (N,C,size,size), floats
     m:Tensor  # From `draw_affine`, (N,2,3)
@@ -46,9 +46,9 @@ def warp(
     inv = torch.linalg.inv(m[:,:,:2])                                                         # (N,2,2)
     shift = -inv@m[:,:,2:]                                                                    # (N,2,1)
     inv,shift,c = inv.to(x.device),shift.to(x.device),(torch.arange(h, device=x.device)+.5)*2/h-1 # centres of pixels
-    grid = x.new_empty(n, h, w, 2)
+    grid = torch.empty(n, h, w, 2, device=x.device) # float32 whatever `x` is: half a number is too coarse for a place
     for k in (0,1): torch.add((c*inv[:,k,:1]+shift[:,k])[:,None], (c*inv[:,k,1:])[:,:,None], out=grid[...,k])
-    return F.grid_sample(x, grid, align_corners=False)
+    return F.grid_sample(x.float(), grid, align_corners=False).to(x.dtype)
 
 # %% ../nbs/04d_augment.ipynb #edd9fdfe
 def side_points(
@@ -72,17 +72,17 @@ def warp_boxes(
     new = torch.einsum('nij,nmpj->nmpi', m[:,:,:2], side_points(boxes*2/size-1))+m[:,None,None,:,2] # (N,M,8,2)
     return (torch.cat([new.amin(2), new.amax(2)], -1)+1)*size/2                               # (N,M,4)
 
-# %% ../nbs/04d_augment.ipynb #74b272b7
+# %% ../nbs/04d_augment.ipynb #9e89df6e
 def in_view(
     boxes:Tensor,  # Corners in pixels, (N,M,4), which may lie outside
     labels:Tensor, # (N,M)
     size:int,      # Side of the picture, px
     keep:float=.2, # Least share of the area that must be left, 0 to 1
-    hidden=0.      # Share of each box that something else hides, (N,M)
+    hidden=0.      # Share of each box that is in the picture but behind something, (N,M)
 )->tuple:          # Boxes (N,M,4) and labels (N,M); those that are gone have the label `PAD`
     "Clip `boxes` to the picture, and let go of those with less than `keep` of their area in view"
     cut = clip_boxes(boxes, (size,size))
-    seen = area(cut)/area(boxes).clamp(min=1e-6)*(1-hidden)
+    seen = area(cut)/area(boxes).clamp(min=1e-6)-hidden
     ok = (labels!=PAD)&(seen>=keep)&((cut[...,2:]-cut[...,:2])>=1).all(-1)                    # (N,M)
     return cut*ok[...,None],torch.where(ok, labels, PAD)
 
@@ -100,10 +100,11 @@ def relight(
     rest = (1-c)*x.mean((1,2,3), keepdim=True)+_each(brightness, x)
     return x.mul_(c).add_(rest).clamp_(0, 1)
 
-# %% ../nbs/04d_augment.ipynb #0f59d107
+# %% ../nbs/04d_augment.ipynb #569913f0
 def blur(x:Tensor, sigma:Tensor)->Tensor:
     "Blur each of the pictures `x` (N,C,h,w) by a Gaussian of its `sigma` (N,), px"
-    return torch.stack([gaussian_blur(o, 2*math.ceil(2*s)+1, s) if s>.1 else o for o,s in zip(x, sigma.tolist())])
+    most = (min(x.shape[-2:])-1)//2                                                           # what a picture can be mirrored by at its edge
+    return torch.stack([gaussian_blur(o, 2*min(math.ceil(2*s), most)+1, s) if s>.1 else o for o,s in zip(x, sigma.tolist())])
 
 def noise(x:Tensor, sd:Tensor)->Tensor:
     "Add noise of standard deviation `sd` (N,) to the pictures `x` (N,C,h,w) from 0 to 1"
@@ -115,7 +116,7 @@ def punch(x:Tensor, holes:Tensor)->Tensor:
     for o,(x1,y1,x2,y2) in zip(x, holes.round().int().tolist()): o[:,y1:y2,x1:x2] = 0
     return x
 
-# %% ../nbs/04d_augment.ipynb #fe623885
+# %% ../nbs/04d_augment.ipynb #781a9431
 def _pack(boxes, labels):
     "Real rows first, and no more rows than the busiest picture needs"
     order = (labels==PAD).long().argsort(stable=True, dim=1)                                      # (N,M)
@@ -128,22 +129,23 @@ def mixup(
     alpha:float=8.  # Weights come from Beta(alpha,alpha); large means half and half
 )->tuple:           # Pictures, boxes (N,M',4), labels (N,M')
     "Lay another picture of the batch over each that is `on`, with its boxes"
-    if len(x)<2: return x,boxes,labels
+    if len(x)<2: return x,boxes,labels # nobody to mix with
     k = (torch.arange(len(x))+torch.randint(1, len(x), ()))%len(x) # never itself
     w = torch.where(on.cpu(), torch.distributions.Beta(alpha, alpha).sample((len(x),)), 1.)
     more = torch.where(on.to(labels)[:,None]>0, labels[k], PAD)
     return (_each(w, x)*x+_each(1-w, x)*x[k], *_pack(torch.cat([boxes,boxes[k]], 1), torch.cat([labels,more], 1)))
 
-# %% ../nbs/04d_augment.ipynb #638441fd
+# %% ../nbs/04d_augment.ipynb #3e3ec722
 def mosaic(
     x:Tensor, boxes:Tensor, labels:Tensor, # Pictures (N,C,size,size) with an even side, boxes (N,M,4), labels (N,M)
     on:Tensor       # Which pictures become part of a mosaic, bool (N,)
 )->tuple:           # Pictures, boxes (N,M',4), labels (N,M')
-    "Replace each picture that is `on` by a 2 x 2 mosaic of it and three others of the batch, with all their boxes"
+    "Replace each picture that is `on` by a 2 x 2 mosaic of it and three others of the batch, if it has four, with all their boxes"
     s = x.shape[-1]
     if s%2 or x.shape[-2]!=s: raise ValueError(f"pictures of {x.shape[-2]} x {s} px: a mosaic needs squares with an even side")
-    others = torch.randperm(max(1, len(x)-1))+1                                               # whose turn it is, counted from one's own place
-    parts = [(torch.arange(len(x))+k)%len(x) for k in (0,*others.repeat(3)[:3])]
+    if len(x)<4: return x,boxes,labels
+    others = torch.randperm(len(x)-1)[:3]+1                                                   # whose turn it is, counted from one's own place
+    parts = [(torch.arange(len(x))+k)%len(x) for k in (0,*others)]
     half = F.avg_pool2d(x, 2)
     tiles = [half[k] for k in parts]
     four = torch.cat([torch.cat(tiles[:2], 3), torch.cat(tiles[2:], 3)], 2)                   # (N,C,size,size)
@@ -153,7 +155,7 @@ def mosaic(
     l = torch.cat([torch.where(on[:,None]|(i==0), labels[k] if i else labels, PAD) for i,k in enumerate(parts)], 1)
     return (torch.where(on[:,None,None,None], four, x), *_pack(b, l))
 
-# %% ../nbs/04d_augment.ipynb #b8b1fa8a
+# %% ../nbs/04d_augment.ipynb #8b3c979d
 class Augment(ItemTransform):
     "Change a batch of pictures (N,C,size,size) from 0 to 1, boxes (N,M,4) in pixels, labels (N,M) at random, on whatever device it is"
     order,split_idx = 20,0
@@ -170,14 +172,14 @@ class Augment(ItemTransform):
         cutout:float=0.,    # Largest side of a black hole, share of the side
         mixup:float=0.,     # Probability that another picture is laid over one
         mosaic:float=0.,    # Probability that a picture becomes a part of four
-        p:float=.75,        # Probability that a picture is moved at all, and so for light, blur, noise and holes
+        p:float=.75,        # Probability that a picture is turned, zoomed and shifted, and for each change of light, blur, noise and hole
         keep:float=.2       # Boxes with less of their area in view are let go, 0 to 1
     ):
         probs,sizes = dict(flip=flip, mixup=mixup, mosaic=mosaic, p=p, keep=keep),dict(rotate=rotate, shift=shift, brightness=brightness,
                                                                                         contrast=contrast, gamma=gamma, blur=blur, noise=noise, cutout=cutout)
         for k,v in (probs|sizes).items():
-            if not 0<=v<=(1 if k in probs or k in ('shift','contrast','cutout') else math.inf): raise ValueError(f"{k}={v} is not possible")
-        if not 0<zoom[0]<=zoom[1]: raise ValueError(f"zoom={zoom} must be the smallest and the largest scale, above 0")
+            if not 0<=v<=(1 if k in probs or k in ('shift','contrast','cutout') else 1e3): raise ValueError(f"{k}={v} is not possible")
+        if not isinstance(zoom, (tuple,list)) or len(zoom)!=2 or not 0<zoom[0]<=zoom[1]<math.inf: raise ValueError(f"zoom={zoom} must be the smallest and the largest scale, above 0")
         self.zoom = tuple(zoom)
         for k,v in (probs|sizes).items(): setattr(self, k, v)
 
@@ -206,7 +208,7 @@ class Augment(ItemTransform):
         return punch(x, holes),over/area(boxes).clamp(min=1e-6)
 
     def encodes(self, b):
-        if len(b)<3: return b
+        if len(b)<3 or not len(b[0]): return b
         x,boxes,labels = (o.as_subclass(Tensor) for o in b)
         if self.mosaic: x,boxes,labels = mosaic(x, boxes, labels, torch.rand(len(x))<self.mosaic)
         if self.mixup: x,boxes,labels = mixup(x, boxes, labels, torch.rand(len(x))<self.mixup)

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from faster_coco_eval import COCO, COCOeval_faster
 from sklearn.metrics import roc_auc_score, roc_curve
 from .core import MUTED, PRED, TRUTH, XYXY, atomic_path, show_boxes
-from .data import load_picture, picture_fit
+from .pictures import load_picture
+from .data import picture_fit
 from .formats import Annotations, complain
 
 # %% ../nbs/11_evaluate.ipynb #a1915cb4

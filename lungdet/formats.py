@@ -111,6 +111,8 @@ def sample(self:Annotations,
     return self.where(patient.isin(total.index[total.shift(fill_value=0)<n]))
 
 # %% ../nbs/04_formats.ipynb #9f33008f
+_PLACE = ['scale_x','scale_y','offset_x','offset_y','png_size']
+
 @patch
 def use_pngs(self:Annotations,
     manifest:pd.DataFrame # What `convert_folder` returned: `image_id`, `path`, `status`
@@ -120,9 +122,10 @@ def use_pngs(self:Annotations,
     res = self.where(self.images.image_id.isin(path.index))
     if not len(res): raise ValueError("none of these images is in the manifest; was another folder converted?")
     res.images['path'] = res.images.image_id.map(path)
+    res.images = res.images.drop(columns=_PLACE, errors='ignore') # of other PNGs
     if 'fit' in manifest and (manifest['fit']=='letterbox').any(): # where the original lies in its picture; a stretched one is all of it
         m = manifest.set_index('image_id').rename(columns=dict(size='png_size'))
-        for k in ('scale_x','scale_y','offset_x','offset_y','png_size'): res.images[k] = res.images.image_id.map(m[k]).astype(float)
+        for k in _PLACE: res.images[k] = res.images.image_id.map(m[k]).astype(float)
     return res
 
 # %% ../nbs/04_formats.ipynb #15fe0dd7

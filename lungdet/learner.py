@@ -14,7 +14,8 @@ from fastai.vision.all import Learner, L, params, progress_bar
 from .core import show_boxes, show_grid, atomic_path, TRUTH, PRED, XYXY
 from .boxes import area, clip_boxes
 from .formats import Annotations
-from .data import load_picture, picture_fit, PAD
+from .pictures import load_picture
+from .data import picture_fit, PAD
 from .single import Backbone
 from .anchors import Anchors
 from .retinanet import RetinaNet, postprocess

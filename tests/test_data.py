@@ -3,8 +3,9 @@ import cv2, errno, multiprocessing, numpy as np, os, pandas as pd, pickle, pytes
 from fastai.vision.all import set_seed
 from lungdet.augment import Augment, PAD
 from lungdet.data import *
+from lungdet.pictures import *
 from lungdet.formats import Annotations
-import lungdet.data
+import lungdet.pictures
 
 def toy(folder, n=8, boxes=True, size=128, **kw):
     im = np.zeros((size,size), np.uint8); im[30:70,75:105] = 255
@@ -78,15 +79,15 @@ def test_cache_names_what_it_cannot_read(tmp_path):
     with pytest.raises(ValueError, match='2 of 12 pictures cannot be used.*4.png.*7.png'): PictureCache(paths, tmp_path/'c', 32)
     with pytest.raises(ValueError, match='there is no file.*gone'): PictureCache([*paths,'gone.png'], tmp_path/'c', 32)
     colour = tmp_path/'colour.png'
-    cv2.imwrite(str(colour), np.zeros((8,8,3),np.uint8))
+    cv2.imwrite(str(colour), np.random.default_rng(0).integers(0,255,(8,8,3),dtype=np.uint8))
     with pytest.raises(ValueError, match='colour.png has 3 channels, those before it 1'): PictureCache([paths[0],str(colour)], tmp_path/'c', 32)
     assert not [*(tmp_path/'c').glob('*.npy')] and not [*(tmp_path/'c').glob('.*.tmp')]
 
 def test_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     paths = pictures(tmp_path)
-    real = lungdet.data.np.lib.format.write_array_header_1_0
+    real = lungdet.pictures.np.lib.format.write_array_header_1_0
     def full(f, d): real(f, d); raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(lungdet.data.np.lib.format, 'write_array_header_1_0', full)
+    monkeypatch.setattr(lungdet.pictures.np.lib.format, 'write_array_header_1_0', full)
     with pytest.raises(OSError, match='cannot hold the pictures: No space left.*12 of 32 px need 0.0 GB'): PictureCache(paths, tmp_path/'c', 32)
     assert not [o for o in (tmp_path/'c').iterdir() if o.suffix!='.lock']
 
@@ -107,8 +108,8 @@ def test_killed_while_making_it(tmp_path, monkeypatch):
     paths = pictures(tmp_path, 60)
     pid = os.fork()
     if not pid:
-        real = lungdet.data.load_picture
-        lungdet.data.load_picture = lambda *a: (time.sleep(.05), real(*a))[1]
+        real = lungdet.pictures.load_picture
+        lungdet.pictures.load_picture = lambda *a: (time.sleep(.05), real(*a))[1]
         try: PictureCache(paths, tmp_path/'c', 32, n_workers=1)
         finally: os._exit(0)
     while not [*(tmp_path/'c').glob('.*.tmp')]: time.sleep(.01)
@@ -154,3 +155,45 @@ def test_show_results_writes_class_and_score_in_two_colours(tmp_path):
     assert mc.to_rgb(TRUTH)[2]-mc.to_rgb(PRED)[2]>.5 and min(lum)>.3 # blue against yellow, the difference that red-green blindness leaves
     shown = axs[0].images[0].get_array()
     assert shown.min()>=0 and shown.max()<=1 and np.unique(np.asarray(shown).round(2)).size<=4 # the rectangle as it is on disk, not normalised
+
+def test_pictures_that_are_none_of_ours(tmp_path):
+    "16 bits are refused, gray in three channels is gray, colours stay"
+    g = np.random.default_rng(0)
+    for name,im in dict(deep=g.integers(0,2**16,(8,8),dtype=np.uint16), deeprgb=g.integers(0,2**16,(8,8,3),dtype=np.uint16), alpha=g.integers(0,255,(8,8,4),dtype=np.uint8)).items():
+        cv2.imwrite(str(tmp_path/f'{name}.png'), im)
+        with pytest.raises(ValueError, match=f'{name}.png is uint'): load_picture(tmp_path/f'{name}.png')
+    gray = g.integers(0,255,(8,8),dtype=np.uint8)
+    cv2.imwrite(str(tmp_path/'rgb.png'), np.stack([gray]*3,-1))
+    np.testing.assert_array_equal(load_picture(tmp_path/'rgb.png', mode='gray'), gray)
+    assert not (load_picture(tmp_path/'rgb.png', mode='stack')==gray[...,None]).all()
+
+def test_every_split_finds_the_same_cache(tmp_path):
+    paths = pictures(tmp_path)
+    assert PictureCache(paths, tmp_path/'c', 32).file==PictureCache(paths[::-1]*2, tmp_path/'c', 32).file!=PictureCache(paths, tmp_path/'c', 31).file
+    with pytest.raises(ValueError, match='no pictures'): PictureCache([], tmp_path/'c', 32)
+
+def test_copies_of_a_loader_know_what_it_knew(tmp_path):
+    ann = toy(tmp_path, 12)
+    ann = Annotations(ann.images, ann.boxes.head(4), ['a'])
+    dls = detection_dls(ann, size=16, bs=4, positives=.5)
+    assert dls.train.new(bs=2).weights==dls.train.weights and dls.train.new(bs=2).classes==['a']
+    test = dls.test_dl(ann.images)
+    assert test.classes==['a'] and test.weights is None and len(test.one_batch())==1
+    test.show_batch(); dls.train.show_batch(unique=True, nrows=1, ncols=2)
+    x = [dls.test_dl([o]).one_batch()[0] for o in (ann.images.path[0], ann.images.iloc[0].to_dict())]
+    assert torch.equal(*x)
+    with pytest.raises(ValueError, match='nothing to predict on'): dls.test_dl([])
+
+def test_unknown_is_not_negative(tmp_path):
+    ann = toy(tmp_path)
+    with pytest.raises(ValueError, match='no height and width'): detection_dls(Annotations(ann.images.assign(width=None), ann.boxes), size=16)
+    dls = detection_dls(ann, size=16, bs=2)
+    with pytest.raises(ValueError, match="'x' is not among"): dls.test_dl([dict(path=ann.images.path[0], image_id='x')], with_labels=True).one_batch()
+
+def test_letterboxed_and_stretched_do_not_mix(tmp_path):
+    ann = toy(tmp_path)
+    ims = ann.images.assign(scale_x=.25, scale_y=.25, offset_x=0., offset_y=0., png_size=128.)
+    dls = detection_dls(Annotations(ims, ann.boxes), size=16, bs=2)
+    with pytest.raises(ValueError, match='would be stretched'): dls.test_dl([ann.images.path[0]]).one_batch()
+    with pytest.raises(ValueError, match='stats of 3 channels for pictures of 1'): detection_dls(ann, size=16, mode='gray', stats=([0.]*3,[1.]*3))
+    with pytest.raises(ValueError, match='even side'): detection_dls(ann, size=15, aug=Augment(mosaic=.1))

@@ -91,3 +91,10 @@ def test_nan_box_of_a_positive_is_named(tmp_path):
     f = d/'stage_2_train_labels.csv'
     pd.read_csv(f).assign(Target=1, x=np.nan).to_csv(f, index=False)
     with pytest.raises(ValueError, match='not a number'): read_rsna(d)
+
+def test_pngs_of_another_fit_forget_the_first(tmp_path):
+    ann = Annotations(pd.DataFrame(dict(image_id=['a'], height=100, width=200)), pd.DataFrame(columns=['image_id','x1','y1','x2','y2','label']))
+    row = dict(image_id='a', path='a.png', status='ok', size=100, scale_x=.5, scale_y=.5, offset_x=0., offset_y=25.)
+    boxed = ann.use_pngs(pd.DataFrame([row|dict(fit='letterbox')]))
+    assert boxed.images.offset_y[0]==25
+    assert 'offset_y' not in boxed.use_pngs(pd.DataFrame([row|dict(fit='stretch')])).images
