@@ -14,7 +14,10 @@ from .convert import *
 from .boxes import *
 from .formats import *
 from .readers import *
+from .splits import *
 from .doctor import *
+from .augment import *
+from .pictures import *
 from .data import *
 from .single import *
 from .anchors import *
