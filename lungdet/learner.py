@@ -6,17 +6,15 @@
 __all__ = ['retina_splitter', 'retinanet_learner', 'detect', 'show_detections', 'save_detector', 'load_detector']
 
 # %% ../nbs/10_learner.ipynb #ea43c597
-import json, torch, pandas as pd
+import torch, pandas as pd
 from pathlib import Path
-from safetensors import safe_open
-from safetensors.torch import save_file
 from fastai.vision.all import Learner, L, params, progress_bar
-from .core import show_boxes, show_grid, atomic_path, TRUTH, PRED, XYXY
+from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
 from .boxes import area, clip_boxes
 from .formats import Annotations
 from .pictures import load_picture
 from .data import picture_fit, PAD
-from .single import Backbone
+from .single import Backbone, save_weights, load_weights
 from .anchors import Anchors
 from .retinanet import RetinaNet, postprocess
 from .loss import RetinaLoss
@@ -29,7 +27,7 @@ def retina_splitter(m:RetinaNet):
 # %% ../nbs/10_learner.ipynb #da8aa5dd
 def retinanet_learner(
     dls, # As `detection_dls` gives them
-    backbone:str='resnet34', # A torchvision ResNet or a timm network, see `Backbone`
+    backbone='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
     pretrained:bool=True, # With ImageNet weights? Then all but pyramid and heads is frozen at first
     width:int=256,  # Channels of pyramid and heads
     depth:int=4,    # Convolutions in each head
@@ -41,7 +39,7 @@ def retinanet_learner(
     anchors = anchors or Anchors()
     model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth)
     learn = Learner(dls, model, loss_func=RetinaLoss(anchors, (dls.size,dls.size), **(loss or {})), splitter=retina_splitter, **kwargs)
-    learn.detector = dict(backbone=backbone, in_channels=dls.channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
+    learn.detector = dict(backbone=model.backbone.name, in_channels=dls.channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
                           sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels)
     if pretrained: learn.freeze()
     return learn
@@ -97,19 +95,13 @@ def save_detector(
     path:str|Path  # File to write, *.safetensors
 )->Path:           # `path`
     "Write the model of `learn` and what it takes to build it again, whole or not at all"
-    path,state = Path(path),{k:v.detach().cpu().contiguous() for k,v in learn.model.state_dict().items()}
-    with atomic_path(path) as p: save_file(state, p, metadata=dict(lungdet=json.dumps(learn.detector)))
-    return path
+    return save_weights(learn.model, learn.detector, path)
 
 # %% ../nbs/10_learner.ipynb #3c36d883
 def load_detector(path:str|Path)->tuple: # The model, in evaluation mode, and its configuration
     "What `save_detector` wrote"
-    if not Path(path).exists(): raise ValueError(f"there is no file {path}")
-    try:
-        with safe_open(path, 'pt') as f: header,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise ValueError(f"{path} is not a safetensors file: {e}") from e
-    if 'lungdet' not in header: raise ValueError(f"{path} holds weights, but no configuration; was it written by save_detector?")
-    cfg = json.loads(header['lungdet'])
+    state,cfg = load_weights(path)
+    if 'backbone' not in cfg: raise ValueError(f"{path} is no detector, its configuration is {cfg}; was it written by save_detector?")
     model = RetinaNet(Backbone(cfg['backbone'],False,cfg['in_channels']), len(cfg['classes']), len(cfg['sizes'][0])*len(cfg['ratios']), cfg['width'], cfg['depth'])
     model.load_state_dict(state)
     return model.eval(),cfg

