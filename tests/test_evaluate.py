@@ -9,6 +9,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import roc_auc_score
+from lungdet.core import TRUTH
 from lungdet.evaluate import *
 from lungdet.formats import Annotations
 
@@ -321,7 +322,7 @@ def test_report_figures(case):
     assert Report(*case,'m',threshold=.3).cases(2)['false alarm']==['b']
     assert r.table().shape[0]==1 and r.table().index[0]=='m' and ' to ' in r.table().RSNA['m']
     fig = r.gallery(1)
-    box = [p for p in fig.axes[0].patches if p.get_edgecolor()==matplotlib.colors.to_rgba('#2ca02c')][0]
+    box = [p for p in fig.axes[0].patches if p.get_edgecolor()==matplotlib.colors.to_rgba(TRUTH)][0]
     assert box.get_bbox().bounds==pytest.approx((25,25,50,50)) # in the pixels of the small picture
     assert 'no picture' in fig.axes[2].get_title() and fig.axes[3].get_title()=='false alarm: none'
     plt.close('all')
