@@ -33,7 +33,29 @@ def load_picture(
     if size is not None: im = resize(im, size)
     return im if im.ndim==3 else enhance(im, mode)
 
-# %% ../nbs/04e_pictures.ipynb #660fbdc4
+# %% ../nbs/04e_pictures.ipynb #fdd1fc40
+def _write(file, paths, read, n_workers, progress, step=256):
+    "Write what `read` makes of `paths`, pictures (h,w,c) of one shape or errors, to the .npy `file`, whole or not at all"
+    bad,shape = [],None
+    def put(f, p, im):
+        nonlocal shape
+        if isinstance(im, Exception): return bad.append(im)
+        if shape is None:
+            shape = im.shape
+            np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(len(paths),*shape)))
+        if im.shape!=shape: bad.append(ValueError(f"{p} has {im.shape[2]} channels, those before it {shape[2]}"))
+        elif not bad: f.write(im.tobytes())
+    parts = range(0, len(paths), step)
+    try:
+        with ThreadPoolExecutor(n_workers or os.cpu_count()) as ex, atomic_path(file) as tmp, open(tmp, 'wb') as f:
+            for k in progress_bar(parts, leave=False) if progress else parts:
+                for p,im in zip(paths[k:k+step], ex.map(read, paths[k:k+step])): put(f, p, im)
+            if bad: raise ValueError(f"{len(bad)} of {len(paths)} pictures cannot be used: {'; '.join(map(str, bad[:3]))}; leave them out, or get them again")
+    except OSError as e:
+        free,need = shutil.disk_usage(file.parent).free,len(paths)*int(np.prod(shape or 0))
+        raise OSError(e.errno, f"{file.parent} cannot hold the pictures: {e.strerror}; {len(paths)} of them need {need/1e9:.1f} GB, {free/1e9:.1f} GB are free") from e
+
+# %% ../nbs/04e_pictures.ipynb #28d16892
 _FORMAT = 1 # counts on when pictures come to be made in another way
 
 def _stamp(path):
@@ -75,25 +97,8 @@ class PictureCache:
         except ValueError as e: return e
 
     def _build(self, n_workers, progress):
-        "Write the array picture by picture, so that memory stays small and a full disk is an error and not a crash"
-        todo,bad,shape,step = [*self.row],[],None,256
         for o in self.file.parent.glob(f'.{self.file.name}.*.tmp'): o.unlink() # of one that was killed
-        parts = range(0, len(todo), step)
-        try:
-            with ThreadPoolExecutor(n_workers or os.cpu_count()) as ex, atomic_path(self.file) as tmp, open(tmp, 'wb') as f:
-                for k in progress_bar(parts, leave=False) if progress else parts:
-                    for p,im in zip(todo[k:k+step], ex.map(self._read, todo[k:k+step])):
-                        if isinstance(im, Exception): bad.append(im); continue
-                        if shape is None:
-                            shape = im.shape
-                            np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(len(todo),*shape)))
-                        if im.shape!=shape: bad.append(ValueError(f"{p} has {im.shape[2]} channels, those before it {shape[2]}")); continue
-                        if not bad: f.write(im.tobytes())
-                if bad: raise ValueError(f"{len(bad)} of {len(todo)} pictures cannot be used: {'; '.join(map(str, bad[:3]))}; leave them out, or get them again")
-        except OSError as e:
-            free = shutil.disk_usage(self.file.parent).free
-            raise OSError(e.errno, f"{self.file.parent} cannot hold the pictures: {e.strerror}; {len(todo)} of {self.size} px need "
-                          f"{len(todo)*int(np.prod(shape or (self.size,)*2))/1e9:.1f} GB, {free/1e9:.1f} GB are free") from e
+        _write(self.file, [*self.row], self._read, n_workers, progress)
         with atomic_path(self.file.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(dict(seal=self._seal(), bytes=self.file.stat().st_size)))
 
     @property

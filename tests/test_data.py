@@ -88,7 +88,7 @@ def test_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     real = lungdet.pictures.np.lib.format.write_array_header_1_0
     def full(f, d): real(f, d); raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(lungdet.pictures.np.lib.format, 'write_array_header_1_0', full)
-    with pytest.raises(OSError, match='cannot hold the pictures: No space left.*12 of 32 px need 0.0 GB'): PictureCache(paths, tmp_path/'c', 32)
+    with pytest.raises(OSError, match='cannot hold the pictures: No space left.*12 of them need 0.0 GB'): PictureCache(paths, tmp_path/'c', 32)
     assert not [o for o in (tmp_path/'c').iterdir() if o.suffix!='.lock']
 
 def _make(paths, folder, out):
