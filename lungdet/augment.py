@@ -165,7 +165,7 @@ def mosaic(
     l = torch.cat([torch.where(on[:,None]|(i==0), labels[k] if i else labels, PAD) for i,k in enumerate(parts)], 1)
     return (torch.where(on[:,None,None,None], four, x), *_pack(b, l))
 
-# %% ../nbs/04d_augment.ipynb #2bdb8623
+# %% ../nbs/04d_augment.ipynb #f06af911
 class Augment(ItemTransform):
     "Change a batch of pictures (N,C,size,size) from 0 to 1, boxes (N,M,4) in pixels, labels (N,M) at random, on whatever device it is"
     order,split_idx = 20,0
@@ -217,11 +217,11 @@ class Augment(ItemTransform):
 
     def encodes(self, b):
         if len(b)<3 or not len(b[0]): return b
-        x,boxes,labels = (o.as_subclass(Tensor) for o in b)
+        x,boxes,labels,*rest = (o.as_subclass(Tensor) for o in b) # what else there is belongs to the picture as a whole
         if self.mosaic: x,boxes,labels = mosaic(x, boxes, labels, torch.rand(len(x))<self.mosaic)
         if self.mixup: x,boxes,labels = mixup(x, boxes, labels, torch.rand(len(x))<self.mixup)
         if self.flip or self.rotate or self.shift or self.zoom!=(1,1): x,boxes = self._move(x, boxes)
         x,hidden = self._light(x),0.
         if self.cutout: x,hidden = self._hole(x, boxes)
         boxes,labels = in_view(boxes, labels, x.shape[-1], self.keep, hidden)
-        return TensorImage(x),TensorBase(boxes),TensorBase(labels)
+        return TensorImage(x),TensorBase(boxes),TensorBase(labels),*(TensorBase(o) for o in rest)

@@ -47,14 +47,14 @@ def area(
     "Area of boxes `b`; zero for one whose edges are swapped"
     return (b[...,2:]-b[...,:2]).clamp(min=0).prod(-1)
 
-# %% ../nbs/03_boxes.ipynb #04512304
+# %% ../nbs/03_boxes.ipynb #6d12fed5
 def iou(
     a:Tensor, # Boxes, (n,4)
     b:Tensor  # Boxes, (m,4)
 )->Tensor:    # Overlap of each pair, between 0 and 1, (n,m)
     "Intersection over union of every box of `a` with every box of `b`"
-    lt,rb = torch.max(a[:,None,:2], b[:,:2]), torch.min(a[:,None,2:], b[:,2:]) # (n,m,2)
-    inter = (rb-lt).clamp(min=0).prod(-1)                                      # (n,m)
+    (l,t,r,d),(L,T,R,D) = a.T[...,None],b.T.contiguous()                                                # (n,1), (m,)
+    inter = (torch.min(r,R)-torch.max(l,L)).clamp(min=0)*(torch.min(d,D)-torch.max(t,T)).clamp(min=0)   # (n,m)
     union = area(a)[:,None]+area(b)-inter
     return inter/union.clamp(min=torch.finfo(union.dtype).eps)
 

@@ -1,0 +1,135 @@
+"""The speed of our RetinaNet beside torchvision's: same architecture, same weights, same pictures, in one run.
+
+    .venv/bin/python bench/retinanet.py --backbones resnet18 resnet34 resnet50 --sizes 256 512 --batches 1 8
+
+Prints the best of --repeat rounds in milliseconds, in which the two take turns, and how many times faster ours is. Inference is from picture
+to boxes; a training step is forward, loss, backward and AdamW (fused in ours, PyTorch's default in torchvision's). Half of the pictures of a batch
+(all, if it is one) have two opacities of the challenge's median size; `many` has 60 boxes on each picture. The last columns are other models: `fast` is
+`optimise_for_inference`, `P4-P6` keeps the levels that chapter 07a keeps for the challenge at 512. --memory prints the peak of one training step,
+each in a process of its own. --detector FILE --data FOLDER prints what the fast copy does to the scores and the AP50 of a trained model."""
+import argparse, copy, resource, subprocess, sys, time, warnings
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('--backbones', nargs='*', default=['resnet18','resnet34','resnet50']); p.add_argument('--sizes', type=int, nargs='+', default=[256,512])
+p.add_argument('--batches', type=int, nargs='+', default=[1,8]); p.add_argument('--repeat', type=int, default=5); p.add_argument('--device', default='cpu')
+p.add_argument('--threads', type=int); p.add_argument('--memory', action='store_true'); p.add_argument('--step', help=argparse.SUPPRESS)
+p.add_argument('--detector'); p.add_argument('--data')
+args = p.parse_args()
+warnings.filterwarnings('ignore')
+
+import pandas as pd, torch
+from torch import nn
+from torchvision.models.detection import RetinaNet as TVRetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from lungdet.all import *
+if args.threads: torch.set_num_threads(args.threads)
+pd.set_option('display.width', 200)
+few = Anchors(sizes_512[1:4], levels=(4,5,6)) # what `anchor_report` keeps for the challenge at 512
+
+def theirs(arch, size):
+    body = resnet_fpn_backbone(backbone_name=arch, weights=None, trainable_layers=5, returned_layers=[2,3,4], extra_blocks=LastLevelP6P7(256,256), norm_layer=nn.BatchNorm2d)
+    return TVRetinaNet(body, num_classes=1, min_size=size, max_size=size, image_mean=[0.]*3, image_std=[1.]*3, detections_per_img=100).to(args.device)
+
+def batch(n, size, many=False):
+    "Pictures (n,3,size,size), boxes (n,M,4), labels (n,M)"
+    g = torch.Generator().manual_seed(0)
+    x,m = torch.rand(n,3,size,size,generator=g),60 if many else 2
+    wh = torch.tensor([217.,298])*size/1024*torch.empty(n,m,1).uniform_(.6,1.5,generator=g)
+    at = torch.tensor([[.15,.35],[.55,.35]]) if not many else torch.rand(n,m,2,generator=g)*.6
+    b = torch.cat([at*size+0*wh, at*size+wh], 2).clamp(max=size)
+    l = torch.zeros(n,m,dtype=torch.long)
+    if n>1 and not many: l[1::2] = PAD
+    return [o.to(args.device) for o in (x,b,l)]
+
+def sync():
+    if args.device!='cpu': torch.cuda.synchronize()
+
+def race(fs, n=args.repeat):
+    "Best time of each of `fs`, ms, which take turns"
+    best = dict.fromkeys(fs, float('inf'))
+    for i in range(n+1):
+        for k,f in fs.items():
+            sync(); t = time.perf_counter(); f(); sync()
+            if i: best[k] = min(best[k], 1e3*(time.perf_counter()-t)) # the first round warms up
+    return best
+
+def tv_infer(m, x):
+    with torch.inference_mode(): return m(list(x))
+def infer(m, x, anchors):
+    with torch.inference_mode(): return postprocess(m(x), anchors, x.shape[-2:], max_det=100)
+def tv_step(m, opt, x, b, l):
+    opt.zero_grad(); sum(m(list(x), [dict(boxes=o[k>=0],labels=k[k>=0]) for o,k in zip(b,l)]).values()).backward(); opt.step()
+def step(m, opt, loss, x, b, l):
+    opt.zero_grad(); loss(m(x), b, l).backward(); opt.step()
+
+def models(arch, size):
+    torch.manual_seed(0)
+    tv = theirs(arch, size)
+    ours = load_torchvision(RetinaNet(Backbone(arch)), tv.state_dict()).to(args.device)
+    return tv,ours,RetinaNet(Backbone(arch), levels=few.levels).to(args.device)
+def adamw(m, fused): return torch.optim.AdamW(m.parameters(), 1e-6, fused=fused or None)
+def steps(arch, size, n, many=False, which=('torchvision','ours','P4-P6')):
+    tv,ours,less = models(arch, size)
+    b,fs = batch(n, size, many),{}
+    if 'torchvision' in which: tv.train(); o1 = adamw(tv, False); fs['torchvision'] = lambda: tv_step(tv, o1, *b)
+    for k,m,a in (('ours',ours,Anchors()),('P4-P6',less,few)):
+        if k in which: m.train(); fs[k] = lambda m=m,o=adamw(m,True),loss=RetinaLoss(a,(size,size)): step(m, o, loss, *b)
+    return fs
+
+if args.step: # a process of its own, to measure its memory
+    arch,size,n,who = args.step.split(',')
+    f = steps(arch, int(size), int(n), which=(who,))[who]
+    f(); f()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 if args.device=='cpu' else torch.cuda.max_memory_allocated()/2**20)
+    sys.exit()
+
+def ratios(t): return {k:f'{v:.0f}' if k=='torchvision' else f'{v:.0f} ({t["torchvision"]/v:.2f}x)' for k,v in t.items()}
+inference,training = {},{}
+for arch in args.backbones:
+    for size in args.sizes:
+        for n in args.batches:
+            tv,ours,less = (m.eval() for m in models(arch, size))
+            x = batch(n, size)[0]
+            fast,lfast = (optimise_for_inference(m, x) for m in (ours,less))
+            fs = {'torchvision':lambda: tv_infer(tv,x), 'ours':lambda: infer(ours,x,Anchors()), 'fast':lambda: infer(fast,x,Anchors())}
+            if size>=512: fs |= {'P4-P6':lambda: infer(less,x,few), 'P4-P6 fast':lambda: infer(lfast,x,few)}
+            inference[arch,size,n] = ratios(race(fs))
+            print('inference', arch, size, n, inference[arch,size,n], flush=True)
+            del tv,ours,less,fast,lfast,fs
+            for many in ([False,True] if n>1 else [False]):
+                which = ('torchvision','ours')+(('P4-P6',) if size>=512 else ())
+                training[arch,size,f'{n}{", many" if many else ""}'] = ratios(race(steps(arch, size, n, many, which), max(2,args.repeat//2)))
+                print('training', arch, size, n, many, training[arch,size,f'{n}{", many" if many else ""}'], flush=True)
+if args.backbones:
+    print(f'\nInference, ms per batch ({args.device}, {torch.get_num_threads()} threads, fast is {best_dtype(args.device)})'); print(pd.DataFrame(inference).T.fillna('').to_string())
+    print('\nTraining step, ms per batch'); print(pd.DataFrame(training).T.fillna('').to_string())
+
+print('\nBillion multiply-adds for one picture of 512')
+rows = {}
+for arch in args.backbones:
+    for k,m,a in (('all levels',models(arch,512)[1],Anchors()),('P4-P6',models(arch,512)[2],few)):
+        m.eval()
+        with torch.no_grad(): levels = m.fpn(m.backbone(torch.zeros(1,3,512,512,device=args.device)))
+        work = macs(m, torch.zeros(1,3,512,512,device=args.device), dict(backbone=m.backbone, neck=m.fpn))
+        heads = {f'heads P{l}': sum(macs(h,[o])['all'] for h in (m.cls_head,m.box_head)) for l,o in zip(a.levels,levels)}
+        rows[arch,k] = {n:v/1e9 for n,v in (work|heads|dict(all=sum(work.values())+sum(heads.values()))).items()}
+if rows: print(pd.DataFrame(rows).T.round(2).fillna(0).to_string())
+
+if args.memory:
+    print('\nPeak memory of a training step, MiB')
+    rows = {}
+    for arch in args.backbones:
+        for size in args.sizes:
+            for n in args.batches:
+                rows[arch,size,n] = {w: float(subprocess.run([sys.executable,__file__,'--device',args.device,'--step',f'{arch},{size},{n},{w}'], check=True, capture_output=True, text=True).stdout.split()[-1])
+                                     for w in ('torchvision','ours')}
+    print(pd.DataFrame(rows).T.assign(ratio=lambda d: d.ours/d.torchvision).round(2).to_string())
+
+if args.detector:
+    model,cfg = load_detector(args.detector)
+    anchors,size = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels']),(cfg['size'],)*2
+    ann = Annotations.load(work_path('annotations')) if not args.data else split_patients(read_rsna(args.data))
+    ann = ann.part('valid')
+    pngs = convert_folder([Path(o) for o in ann.images.path], work_path(f'png_{cfg["size"]}', 'bench'), size=cfg['size'], progress=False) if args.data else None
+    if pngs is not None: ann = ann.use_pngs(pngs)
+    print('not here yet')
