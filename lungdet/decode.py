@@ -32,11 +32,11 @@ def _soft(b, s, thr, score_thr):
 
 merges = dict(soft=_soft, fuse=lambda b,s,thr,score_thr: fuse_boxes([b], [s], thr))
 
-# %% ../nbs/08a_decode.ipynb #7c72cfea
+# %% ../nbs/08a_decode.ipynb #78dba4f3
 def _candidates(scores, anchors, size, score_thr, topk):
     "Image, anchor, class and score of all candidates of `scores` (N,A,K), each (n,), the best first within each level of each image"
     n,i,k = (scores>score_thr).nonzero(as_tuple=True)
-    s,ends = scores[n,i,k],torch.tensor([r*c*anchors.per_cell for r,c in anchors.grid(*size)], device=scores.device).cumsum(0)
+    s,ends = scores[n,i,k],torch.tensor(anchors.counts(*size), device=scores.device).cumsum(0)
     level = torch.searchsorted(ends, i, right=True)
     keep = best_of(s, n*len(ends)+level, topk)
     return n[keep],i[keep],k[keep],s[keep]
