@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #0197ca28
+# %% ../nbs/index.ipynb #ee2372bf
 from .core import *
 from .explore import *
 from .dicom import *
@@ -21,7 +21,14 @@ from .pictures import *
 from .data import *
 from .single import *
 from .anchors import *
+from .coverage import *
+from .matching import *
+from .pyramid import *
+from .localconv import *
 from .retinanet import *
+from .decode import *
+from .interop import *
+from .speed import *
 from .loss import *
 from .learner import *
 from .evaluate import *

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['retina_splitter', 'retinanet_learner', 'detect', 'show_detections', 'save_detector', 'load_detector']
 
-# %% ../nbs/10_learner.ipynb #ea43c597
+# %% ../nbs/10_learner.ipynb #7c22f52f
 import torch, pandas as pd
 from pathlib import Path
-from fastai.vision.all import Learner, L, params, progress_bar
+from fastai.vision.all import Learner, L, progress_bar
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
 from .boxes import area, clip_boxes
 from .formats import Annotations
@@ -16,15 +16,18 @@ from .pictures import load_picture
 from .data import picture_fit, PAD
 from .single import Backbone, save_weights, load_weights
 from .anchors import Anchors
-from .retinanet import RetinaNet, postprocess
+from .retinanet import RetinaNet
+from .decode import postprocess
 from .loss import RetinaLoss
 
-# %% ../nbs/10_learner.ipynb #50b2ba3a
+# %% ../nbs/10_learner.ipynb #6983bd9e
 def retina_splitter(m:RetinaNet):
     "Early stages of the backbone, late stages, pyramid and heads"
-    return L(*m.backbone.parts(), params(m.fpn)+params(m.cls_head)+params(m.box_head))
+    early,late = m.backbone.parts()
+    own = {id(p) for p in early+late}
+    return L(early, late, [p for p in m.parameters() if id(p) not in own])
 
-# %% ../nbs/10_learner.ipynb #da8aa5dd
+# %% ../nbs/10_learner.ipynb #cba0cd9f
 def retinanet_learner(
     dls, # As `detection_dls` gives them
     backbone='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
@@ -33,30 +36,32 @@ def retinanet_learner(
     depth:int=4,    # Convolutions in each head
     anchors:Anchors|None=None, # The guesses; the defaults if None
     loss:dict|None=None, # More arguments for `RetinaLoss`
+    model:dict|None=None, # More arguments for `RetinaNet`
     **kwargs        # For `Learner`
 )->Learner:
-    "A fastai learner of a RetinaNet"
-    anchors = anchors or Anchors()
-    model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth)
+    "A fastai learner of a RetinaNet, with an image head if `dls` has `categories`"
+    anchors,more = anchors or Anchors(),dict(n_categories=len(dls.categories))|(model or {})
+    model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth, anchors.levels, **more)
     learn = Learner(dls, model, loss_func=RetinaLoss(anchors, (dls.size,dls.size), **(loss or {})), splitter=retina_splitter, **kwargs)
     learn.detector = dict(backbone=model.backbone.name, in_channels=dls.channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
-                          sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels)
+                          sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels, categories=dls.categories, model=more)
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/10_learner.ipynb #4404e790
+# %% ../nbs/10_learner.ipynb #a9c09254
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
     score_thr:float=.05, # Drop detections that score less
     nms_thr:float=.5, # Of two boxes that overlap by more, the better stays
-    progress:bool=False # Show a progress bar?
+    progress:bool=False, # Show a progress bar?
+    **kwargs # For `postprocess`
 )->pd.DataFrame: # One row per detection: `image_id`, corners in pixels of the original, `label`, `score`
     "Detections of `learn` on the images of `ann`"
     items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
     dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.eval(),[]
     with torch.inference_mode():
-        for x, in progress_bar(dl) if progress else dl: out += postprocess(*model(x), loss.anchors, loss.size, score_thr, nms_thr).cpu()
+        for x, in progress_bar(dl) if progress else dl: out += postprocess(model(x), loss.anchors, loss.size, score_thr, nms_thr, **kwargs).cpu()
     rows = [_rows(o[o[:,5]!=PAD], it, loss.size, learn.dls.classes) for o,it in zip(out,items)]
     return pd.concat(rows, ignore_index=True)
 
@@ -97,11 +102,12 @@ def save_detector(
     "Write the model of `learn` and what it takes to build it again, whole or not at all"
     return save_weights(learn.model, learn.detector, path)
 
-# %% ../nbs/10_learner.ipynb #3c36d883
+# %% ../nbs/10_learner.ipynb #87511021
 def load_detector(path:str|Path)->tuple: # The model, in evaluation mode, and its configuration
     "What `save_detector` wrote"
     state,cfg = load_weights(path)
     if 'backbone' not in cfg: raise ValueError(f"{path} is no detector, its configuration is {cfg}; was it written by save_detector?")
-    model = RetinaNet(Backbone(cfg['backbone'],False,cfg['in_channels']), len(cfg['classes']), len(cfg['sizes'][0])*len(cfg['ratios']), cfg['width'], cfg['depth'])
+    model = RetinaNet(Backbone(cfg['backbone'],False,cfg['in_channels']), len(cfg['classes']), len(cfg['sizes'][0])*len(cfg['ratios']), cfg['width'], cfg['depth'],
+                      cfg['levels'], **cfg['model'])
     model.load_state_dict(state)
     return model.eval(),cfg
