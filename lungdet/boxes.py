@@ -47,16 +47,19 @@ def area(
     "Area of boxes `b`; zero for one whose edges are swapped"
     return (b[...,2:]-b[...,:2]).clamp(min=0).prod(-1)
 
-# %% ../nbs/03_boxes.ipynb #6d12fed5
+# %% ../nbs/03_boxes.ipynb #da0dcc16
 def iou(
     a:Tensor, # Boxes, (n,4)
     b:Tensor  # Boxes, (m,4)
 )->Tensor:    # Overlap of each pair, between 0 and 1, (n,m)
     "Intersection over union of every box of `a` with every box of `b`"
-    (l,t,r,d),(L,T,R,D) = a.T[...,None],b.T.contiguous()                                                # (n,1), (m,)
-    inter = (torch.min(r,R)-torch.max(l,L)).clamp(min=0)*(torch.min(d,D)-torch.max(t,T)).clamp(min=0)   # (n,m)
+    step = max(1, 2**18//max(1,len(a)))                      # so many pairs at once stay close to the processor
+    if len(b)>step: return torch.cat([iou(a,o) for o in b.split(step)], 1)
+    (l,t,r,d),(L,T,R,D) = a.T[...,None],b.T.contiguous()     # (n,1), (m,)
+    w,h = torch.min(r,R)-torch.max(l,L),torch.min(d,D)-torch.max(t,T)
+    inter = w.clamp_(min=0)*h.clamp_(min=0)                  # (n,m)
     union = area(a)[:,None]+area(b)-inter
-    return inter/union.clamp(min=torch.finfo(union.dtype).eps)
+    return inter/union.clamp_(min=torch.finfo(union.dtype).eps)
 
 # %% ../nbs/03_boxes.ipynb #0c7f831d
 def giou(

@@ -6,7 +6,7 @@
 __all__ = ['box_losses', 'focal_loss', 'l1_loss', 'smooth_l1_loss', 'giou_loss', 'diou_loss', 'ciou_loss', 'batch_targets',
            'image_loss', 'RetinaLoss']
 
-# %% ../nbs/09_loss.ipynb #7e1d00ca
+# %% ../nbs/09_loss.ipynb #992abb92
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ from torchvision.ops import generalized_box_iou_loss, distance_box_iou_loss, com
 from .anchors import Anchors, encode, decode
 from .matching import IoUMatcher, IGNORE
 from .data import PAD
-from .retinanet import postprocess
+from .decode import postprocess
 
 # %% ../nbs/09_loss.ipynb #fab6feb4
 class _Focal(torch.autograd.Function):
@@ -96,7 +96,7 @@ def image_loss(
     if category.max()>=logits.shape[1]: raise ValueError(f"category {category.max()} of {logits.shape[1]}; are they counted from 0?")
     return F.cross_entropy(logits, category, ignore_index=PAD, reduction='sum')/(category!=PAD).sum().clamp(min=1)
 
-# %% ../nbs/09_loss.ipynb #e0981c09
+# %% ../nbs/09_loss.ipynb #e01c4128
 class RetinaLoss:
     "Focal loss of all anchors, box loss of those that answer for a box, and a loss of the whole picture if the model judges it"
     def __init__(self,
@@ -133,7 +133,7 @@ class RetinaLoss:
         boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(*self.size,device=z.device)
         if z.shape[1]!=len(a): raise ValueError(f"the model answers for {z.shape[1]} anchors, {self.size} pictures have {len(a)}; "
                                                 "are the pictures of another size, or the model for other anchors?")
-        counts = [r*c*self.anchors.per_cell for r,c in self.anchors.grid(*self.size)]
+        counts = self.anchors.counts(*self.size)
         asked,i,j,b,l = batch_targets(boxes, labels, a, counts, self.matcher)
         if len(l) and l.max()>=z.shape[2]: raise ValueError(f"label {l.max()} of {z.shape[2]} classes; are they counted from 0?")
         share,w = self.share(i.bincount(minlength=len(z))),asked[...,None].expand_as(z).float()
@@ -149,4 +149,4 @@ class RetinaLoss:
 
     def decodes(self, preds):
         "Raw answers as detections (N,D,6), for `show_results`"
-        return postprocess(*preds[:2], self.anchors, self.size)
+        return postprocess(preds, self.anchors, self.size)

@@ -13,7 +13,7 @@ from .single import Backbone
 from .pyramid import necks
 from .localconv import LocalConv2d
 
-# %% ../nbs/08_retinanet.ipynb #f6e3e375
+# %% ../nbs/08_retinanet.ipynb #303865d8
 class RetinaHead(nn.Module):
     "`n_out` numbers for every anchor of every level"
     def __init__(self,
@@ -29,7 +29,7 @@ class RetinaHead(nn.Module):
         if norm not in (None,'group'): raise ValueError(f"norm={norm!r} for a head; take 'group' or None")
         if prior is not None and not 0<prior<1: raise ValueError(f"prior={prior} is no probability of a lesion; it is between 0 and 1")
         def conv(n, bias=True): return LocalConv2d(width, n, bias) if local else nn.Conv2d(width, n, 3, padding=1, bias=bias)
-        def block(): return nn.Sequential(conv(width, norm is None), *([group_norm(width)] if norm else []), nn.ReLU(inplace=True))
+        def block(): return nn.Sequential(conv(width, norm is None), *([group_norm(width)] if norm else []), nn.ReLU(inplace=not local))
         self.n_out,self.tower,self.out = n_out,nn.Sequential(*[block() for _ in range(depth)]),conv(n_anchors*n_out)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
