@@ -8,7 +8,7 @@ __all__ = ['pred_cols', 'RSNA_IOUS', 'FROC_RATES', 'REPORT_CSS', 'REPORT_KEY', '
            'precision_recall', 'coco_map', 'froc', 'image_scores', 'image_level', 'bootstrap_ci', 'Report',
            'save_report']
 
-# %% ../nbs/11_evaluate.ipynb #bcb1b42c
+# %% ../nbs/11_evaluate.ipynb #974fc1ba
 import base64, html, io, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fractions import Fraction
 from pathlib import Path
@@ -276,7 +276,7 @@ def plot(self:Report):
     axs[2].plot([0,1], [0,1], color=MUTED, lw=.8, ls='--')
     return fig
 
-# %% ../nbs/11_evaluate.ipynb #1e7730ce
+# %% ../nbs/11_evaluate.ipynb #6be53855
 def _case(ann, preds, image_id, ax):
     "Draw an image with its truth and `preds`; an empty canvas if there is no file. Was there one?"
     row = ann.images[ann.images.image_id==image_id].iloc[0]
@@ -289,7 +289,7 @@ def _case(ann, preds, image_id, ax):
     show_boxes(None, fit.place(p[XYXY].to_numpy()), scores=p.score, ax=ax, color=PRED)
     return there
 
-# %% ../nbs/11_evaluate.ipynb #51d7d951
+# %% ../nbs/11_evaluate.ipynb #3ea83444
 @patch
 def cases(self:Report, k:int=3)->dict:
     "Ids of up to `k` images that are best, worst, missed and false alarms"
@@ -312,7 +312,7 @@ def gallery(self:Report, k:int=3):
         if not ids: axs[0].set_title(f'{kind}: none', fontsize=9)
     return fig
 
-# %% ../nbs/11_evaluate.ipynb #7d71adeb
+# %% ../nbs/11_evaluate.ipynb #e991aaa4
 REPORT_CSS = """body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222} img{max-width:100%}
 table{border-collapse:collapse;margin:.6em 0} th,td{padding:.25em .7em;text-align:left;border-bottom:1px solid #ccc;vertical-align:top}
 .warn{border-left:4px solid #d62728;padding-left:.8em}"""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['retina_splitter', 'retinanet_learner', 'detect', 'show_detections', 'save_detector', 'load_detector']
 
-# %% ../nbs/10_learner.ipynb #7c22f52f
+# %% ../nbs/10_learner.ipynb #36cb0a7a
 import torch, pandas as pd
 from pathlib import Path
 from fastai.vision.all import Learner, L, progress_bar
@@ -20,14 +20,14 @@ from .retinanet import RetinaNet
 from .decode import postprocess
 from .loss import RetinaLoss
 
-# %% ../nbs/10_learner.ipynb #6983bd9e
+# %% ../nbs/10_learner.ipynb #71e5d19b
 def retina_splitter(m:RetinaNet):
     "Early stages of the backbone, late stages, pyramid and heads"
     early,late = m.backbone.parts()
     own = {id(p) for p in early+late}
     return L(early, late, [p for p in m.parameters() if id(p) not in own])
 
-# %% ../nbs/10_learner.ipynb #cba0cd9f
+# %% ../nbs/10_learner.ipynb #c587b695
 def retinanet_learner(
     dls, # As `detection_dls` gives them
     backbone='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
@@ -48,7 +48,7 @@ def retinanet_learner(
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/10_learner.ipynb #a9c09254
+# %% ../nbs/10_learner.ipynb #c2be9b41
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -73,7 +73,7 @@ def _rows(o, item, size, classes):
     df.insert(0, 'image_id', item['image_id'])
     return df
 
-# %% ../nbs/10_learner.ipynb #66d06e38
+# %% ../nbs/10_learner.ipynb #e8386c11
 def show_detections(
     ann:Annotations, # Images and their true boxes
     preds:pd.DataFrame, # Detections, as `detect` gives them
@@ -94,7 +94,7 @@ def show_detections(
         show_boxes(None, drawn(p,f), scores=p.score.tolist(), ax=ax, color=PRED)
     return axs
 
-# %% ../nbs/10_learner.ipynb #b320380a
+# %% ../nbs/10_learner.ipynb #8939483a
 def save_detector(
     learn:Learner, # A learner of `retinanet_learner`
     path:str|Path  # File to write, *.safetensors
@@ -102,7 +102,7 @@ def save_detector(
     "Write the model of `learn` and what it takes to build it again, whole or not at all"
     return save_weights(learn.model, learn.detector, path)
 
-# %% ../nbs/10_learner.ipynb #87511021
+# %% ../nbs/10_learner.ipynb #cd671628
 def load_detector(path:str|Path)->tuple: # The model, in evaluation mode, and its configuration
     "What `save_detector` wrote"
     state,cfg = load_weights(path)

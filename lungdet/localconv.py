@@ -22,7 +22,7 @@ def spans(
     length = min(n, int((last-first).max())+1+2*margin)
     return (first-margin).clamp(0, n-length),length
 
-# %% ../nbs/07d_localconv.ipynb #0fc95cb7
+# %% ../nbs/07d_localconv.ipynb #52dbe688
 class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b):
@@ -34,7 +34,7 @@ class _Local(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g): # (N,K,h,w)
         x,w = ctx.saved_tensors
-        on = g.abs().amax(1)!=0                                                           # (N,h,w), true for nan
+        on = g.any(1)                                                                     # (N,h,w), true for nan
         has = on.flatten(1).any(1).nonzero()[:,0]
         if not len(has): return None, w.new_zeros(()).expand_as(w), w.new_zeros(()).expand(len(w)) if ctx.bias else None
         (ys,h),(xs,wd) = spans(on[has].any(2)),spans(on[has].any(1))
