@@ -6,13 +6,15 @@ Prints the best of --repeat rounds in milliseconds, in which the two take turns,
 to boxes; a training step is forward, loss, backward and AdamW (fused in ours, PyTorch's default in torchvision's). Half of the pictures of a batch
 (all, if it is one) have two opacities of the challenge's median size; `many` has 60 boxes on each picture. The last columns are other models: `fast` is
 `optimise_for_inference`, `P4-P6` keeps the levels that chapter 07a keeps for the challenge at 512. --memory prints the peak of one training step,
-each in a process of its own. --detector FILE --data FOLDER prints what the fast copy does to the scores and the AP50 of a trained model."""
-import argparse, copy, resource, subprocess, sys, time, warnings
+each in a process of its own. --detector FILE --annotations FOLDER (as `save_detector` and `Annotations.save` wrote them) prints what the fast copy does
+to the scores and to the average precision of a trained model."""
+import argparse, resource, subprocess, sys, time, warnings
+from types import SimpleNamespace
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--backbones', nargs='*', default=['resnet18','resnet34','resnet50']); p.add_argument('--sizes', type=int, nargs='+', default=[256,512])
 p.add_argument('--batches', type=int, nargs='+', default=[1,8]); p.add_argument('--repeat', type=int, default=5); p.add_argument('--device', default='cpu')
 p.add_argument('--threads', type=int); p.add_argument('--memory', action='store_true'); p.add_argument('--step', help=argparse.SUPPRESS)
-p.add_argument('--detector'); p.add_argument('--data')
+p.add_argument('--detector'); p.add_argument('--annotations')
 args = p.parse_args()
 warnings.filterwarnings('ignore')
 
@@ -57,6 +59,8 @@ def tv_infer(m, x):
     with torch.inference_mode(): return m(list(x))
 def infer(m, x, anchors):
     with torch.inference_mode(): return postprocess(m(x), anchors, x.shape[-2:], max_det=100)
+def infer_raw(m, x):
+    with torch.inference_mode(): return m(x)
 def tv_step(m, opt, x, b, l):
     opt.zero_grad(); sum(m(list(x), [dict(boxes=o[k>=0],labels=k[k>=0]) for o,k in zip(b,l)]).values()).backward(); opt.step()
 def step(m, opt, loss, x, b, l):
@@ -65,8 +69,13 @@ def step(m, opt, loss, x, b, l):
 def models(arch, size):
     torch.manual_seed(0)
     tv = theirs(arch, size)
+    for p in tv.head.classification_head.parameters(): # as if trained: some scores are above the threshold
+        if p.ndim>1: nn.init.normal_(p, std=.02)
+    nn.init.constant_(tv.head.classification_head.cls_logits.bias, -4.)
     ours = load_torchvision(RetinaNet(Backbone(arch)), tv.state_dict()).to(args.device)
-    return tv,ours,RetinaNet(Backbone(arch), levels=few.levels).to(args.device)
+    less = RetinaNet(Backbone(arch), levels=few.levels).to(args.device)
+    less.cls_head.load_state_dict(ours.cls_head.state_dict())
+    return tv,ours,less
 def adamw(m, fused): return torch.optim.AdamW(m.parameters(), 1e-6, fused=fused or None)
 def steps(arch, size, n, many=False, which=('torchvision','ours','P4-P6')):
     tv,ours,less = models(arch, size)
@@ -127,9 +136,13 @@ if args.memory:
 
 if args.detector:
     model,cfg = load_detector(args.detector)
-    anchors,size = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels']),(cfg['size'],)*2
-    ann = Annotations.load(work_path('annotations')) if not args.data else split_patients(read_rsna(args.data))
-    ann = ann.part('valid')
-    pngs = convert_folder([Path(o) for o in ann.images.path], work_path(f'png_{cfg["size"]}', 'bench'), size=cfg['size'], progress=False) if args.data else None
-    if pngs is not None: ann = ann.use_pngs(pngs)
-    print('not here yet')
+    anchors,size,ann = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels']),(cfg['size'],)*2,Annotations.load(args.annotations)
+    dls = detection_dls(ann, size=cfg['size'], bs=8, mode=cfg['mode'], stats=cfg['stats'], device=args.device)
+    x = dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    rows,cls = {},infer_raw(model.to(args.device), x)[0]
+    for k,m in dict(ours=model, folded=optimise_for_inference(model, x, torch.float32), fast=optimise_for_inference(model, x)).items():
+        preds = detect(SimpleNamespace(dls=dls, model=m, loss_func=SimpleNamespace(anchors=anchors, size=size)))
+        valid = ann.part('valid')
+        rows[k] = {'largest change of a score':(infer_raw(m,x)[0].sigmoid()-cls.sigmoid()).abs().max().item(), 'AP50':coco_map(valid,preds).AP50,
+                   'RSNA':best_threshold(valid,preds)[1], 'AUC':image_level(valid,preds)['AUC']}
+    print(f'\n{len(valid)} validation images, {len(valid.boxes)} boxes, {cfg["size"]} px'); print(pd.DataFrame(rows).T.astype(float).round(4).to_string())

@@ -47,14 +47,14 @@ def area(
     "Area of boxes `b`; zero for one whose edges are swapped"
     return (b[...,2:]-b[...,:2]).clamp(min=0).prod(-1)
 
-# %% ../nbs/03_boxes.ipynb #da0dcc16
+# %% ../nbs/03_boxes.ipynb #4878e77f
 def iou(
     a:Tensor, # Boxes, (n,4)
     b:Tensor  # Boxes, (m,4)
 )->Tensor:    # Overlap of each pair, between 0 and 1, (n,m)
     "Intersection over union of every box of `a` with every box of `b`"
-    step = max(1, 2**18//max(1,len(a)))                      # so many pairs at once stay close to the processor
-    if len(b)>step: return torch.cat([iou(a,o) for o in b.split(step)], 1)
+    step = max(64, 2**18//max(1,len(a)))                     # so many pairs at once stay close to the processor
+    if len(b)>step and a.device.type=='cpu': return torch.cat([iou(a,o) for o in b.split(step)], 1)
     (l,t,r,d),(L,T,R,D) = a.T[...,None],b.T.contiguous()     # (n,1), (m,)
     w,h = torch.min(r,R)-torch.max(l,L),torch.min(d,D)-torch.max(t,T)
     inter = w.clamp_(min=0)*h.clamp_(min=0)                  # (n,m)

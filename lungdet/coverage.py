@@ -6,12 +6,12 @@
 __all__ = ['nearest_anchors', 'best_overlaps', 'by_size', 'head_macs', 'by_level', 'level_subsets', 'AnchorReport',
            'anchor_report', 'show_missed', 'coverage_loss', 'optimise_anchors']
 
-# %% ../nbs/07a_coverage.ipynb #17a50e76
+# %% ../nbs/07a_coverage.ipynb #e9a923f5
 import numpy as np, pandas as pd, torch
 from scipy.optimize import differential_evolution
 from torch import Tensor
 from .core import show_boxes, show_grid, PRED
-from .boxes import iou, xyxy2cxcywh
+from .boxes import area, xyxy2cxcywh
 from .anchors import Anchors
 
 # %% ../nbs/07a_coverage.ipynb #1d5ce813
@@ -42,7 +42,7 @@ def nearest_anchors(
         return place.repeat(1,2)[:,None]+cell                                                    # (n,S,4)
     return torch.stack([on_level(*o) for o in zip(anchors.strides, anchors.grid(*hw), anchors.cells)], 1)
 
-# %% ../nbs/07a_coverage.ipynb #bfd31448
+# %% ../nbs/07a_coverage.ipynb #832edcd9
 def best_overlaps(
     boxes:Tensor, # As in `nearest_anchors`
     anchors:Anchors, # As in `nearest_anchors`
@@ -50,8 +50,9 @@ def best_overlaps(
 )->Tensor:        # (n,L,S)
     "IoU of each of `boxes` with the best anchor of every kind"
     b,_ = _checked(boxes, size)
-    near = nearest_anchors(b, anchors, size)
-    return torch.vmap(iou)(b[:,None], near.flatten(1,2))[:,0].unflatten(1, near.shape[1:3])
+    near,b = nearest_anchors(b, anchors, size),b[:,None,None]
+    inter = (torch.minimum(b[...,2:],near[...,2:])-torch.maximum(b[...,:2],near[...,:2])).clamp(min=0).prod(-1) # (n,L,S)
+    return inter/(area(b)+area(near)-inter)
 
 # %% ../nbs/07a_coverage.ipynb #31dae901
 def by_size(
@@ -108,13 +109,13 @@ def _keep(subsets, tol):
     full = subsets.iloc[0]
     return subsets[(subsets.missed<=full.missed+tol)&(subsets.mean_best_iou>=full.mean_best_iou-tol)].iloc[-1]
 
-# %% ../nbs/07a_coverage.ipynb #b2203c2b
+# %% ../nbs/07a_coverage.ipynb #9359093b
 def _missing(boxes, best, anchors):
     "Which of `boxes` are missed, and what would help, as text"
     wh = (boxes[:,2:]-boxes[:,:2])[best<.5]                                        # (k,2)
     side,ratio = wh.prod(1).sqrt(),wh[:,1]/wh[:,0]
     lo,hi = min(map(min,anchors.sizes)),max(map(max,anchors.sizes))
-    kinds = ((side<lo, f'below {lo:g} px (add a finer level, or enlarge the picture)'), (side>hi, f'above {hi:g} px (add a coarser level)'),
+    kinds = ((side<lo, f'below {lo:g} px (take smaller sizes, or a larger picture)'), (side>hi, f'above {hi:g} px (add a coarser level)'),
              ((ratio<min(anchors.ratios))|(ratio>max(anchors.ratios)), 'wider or taller than any anchor (add a ratio)'),
              (side>0, 'between its sizes, shapes and places (try optimise_anchors)'))
     left,res = torch.ones_like(side, dtype=torch.bool),[]

@@ -63,13 +63,16 @@ class LoadLabels(Transform):
         self.by = {i:labels.get(i, torch.empty(0, dtype=torch.int64)) for i in ann.images.image_id}
     def encodes(self, o): return TensorBase(_known(self.by, o))
 
-# %% ../nbs/05_data.ipynb #49d9c0e8
+# %% ../nbs/05_data.ipynb #d11dcff6
 class LoadCategory(Transform):
     "Which of `categories` the image of a row is, (); `PAD` if none of them"
     def __init__(self, ann, categories):
+        if len(categories)<2: raise ValueError(f"categories={categories}: at least two are needed, and the one with boxes is the last")
         known = set(ann.images.category.dropna())
         if bad := [o for o in categories if o not in known]: raise ValueError(f"no image is of category {bad[0]!r}; there are {sorted(known)[:5]}")
         self.by = {i:categories.index(c) if pd.notna(c) and c in categories else PAD for i,c in zip(ann.images.image_id, ann.images.category)}
+        odd = [i for i in ann.boxes.image_id.unique() if self.by[i] not in (PAD,len(categories)-1)]
+        if odd: raise ValueError(f"image {odd[0]!r} has boxes and is {categories[self.by[odd[0]]]!r}; put the category with boxes last")
     def encodes(self, o): return TensorBase(torch.tensor(_known(self.by, o)))
 
 # %% ../nbs/05_data.ipynb #2b65c5f6
@@ -93,9 +96,9 @@ class Normalise(Normalize):
     "fastai's `Normalize` without a second copy of the batch"
     def encodes(self, x:TensorImage): return (x-self.mean).div_(self.std)
 
-# %% ../nbs/05_data.ipynb #22e9717e
+# %% ../nbs/05_data.ipynb #f461996d
 class DetectionDL(TfmdDL):
-    "A fastai DataLoader whose batches are pictures (N,C,h,w), boxes (N,M,4) in pixels and labels (N,M)"
+    "A fastai DataLoader whose batches are pictures (N,C,h,w), boxes (N,M,4) in pixels, labels (N,M), and maybe categories (N,)"
     weights,classes = None,() # how often each item is drawn; the names of the labels
     def shuffle_fn(self, idxs): return super().shuffle_fn(idxs) if self.weights is None else self.rng.choices(idxs, [self.weights[i] for i in idxs], k=len(idxs))
     def new(self, dataset=None, cls=None, **kw):
@@ -136,7 +139,7 @@ class DetectionDL(TfmdDL):
         axs = self.show_batch(b, max_n, ncols, **kw)
         for ax,o in zip(axs, out.cpu()):
             o = o[(o[:,5]!=PAD)&(o[:,4]>=score_thr)]
-            show_boxes(None, o[:,:4], scores=o[:,4], labels=self.names(o[:,5]), ax=ax, color=PRED)
+            show_boxes(None, o[:,:4], scores=o[:,4], labels=self.names(o[:,5]) if len(self.classes)>1 else None, ax=ax, color=PRED)
         return axs
 
 # %% ../nbs/05_data.ipynb #539664f7
@@ -152,7 +155,7 @@ class DetectionDatasets(Datasets):
     "fastai's `Datasets` that make `DetectionDataLoaders`"
     _dbunch_type = DetectionDataLoaders
 
-# %% ../nbs/05_data.ipynb #dd061eb0
+# %% ../nbs/05_data.ipynb #b8ade219
 def detection_dls(
     ann:Annotations, # Images with a `split`; 'train' and 'valid' are used
     size:int=256, # Side of the square pictures in pixels
@@ -184,7 +187,7 @@ def detection_dls(
     most = ann.boxes.groupby('image_id').size().max() if len(ann.boxes) else 1
     dls = dsets.dataloaders(bs=bs, dl_type=DetectionDL, before_batch=[PadBoxes(most)], after_batch=tfms, num_workers=num_workers,
                             device=device or default_device(), drop_last=False)
-    dls.ann,dls.classes,dls.c,dls.size,dls.channels,dls.categories = ann,ann.classes,len(ann.classes),size,channels,list(categories or [])
+    dls.ann,dls.classes,dls.c,dls.size,dls.channels,dls.mode,dls.stats,dls.categories = ann,ann.classes,len(ann.classes),size,channels,mode,stats,list(categories or [])
     for dl in dls.loaders: dl.classes = ann.classes
     if positives is not None: dls.train.weights = _weights(parts[0], set(ann.boxes.image_id), positives)
     return dls
@@ -203,11 +206,12 @@ def largest_box(ann:Annotations)->Annotations:
     size = (b.x2-b.x1)*(b.y2-b.y1)
     return Annotations(ann.images, b.loc[size.groupby(b.image_id).idxmax()], ann.classes)
 
-# %% ../nbs/05_data.ipynb #4e93e038
+# %% ../nbs/05_data.ipynb #fe66bc12
 def single_box_dls(
     ann:Annotations, # Images with a `split`
     **kwargs # As for `detection_dls`
 )->DataLoaders: # Batches of pictures (N,C,size,size), boxes (N,1,4) in pixels, labels (N,1)
     "`detection_dls` of the largest box of every image"
     if (aug := kwargs.get('aug')) and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic give a picture several boxes; here it has one")
+    if kwargs.get('categories'): raise ValueError("categories are for chapter 08; a single-box model does not answer for them")
     return detection_dls(largest_box(ann), **kwargs)

@@ -30,7 +30,7 @@ def _renewed(k):
     k = re.sub(r'(inner_blocks|layer_blocks)\.(\d)\.(weight|bias)$', r'\1.\2.0.\3', k)
     return re.sub(r'_head\.conv\.(\d)\.(weight|bias)$', lambda m: f'_head.conv.{int(m[1])//2}.0.{m[2]}', k) # a ReLU stood between two
 
-# %% ../nbs/08b_torchvision.ipynb #ef3923e0
+# %% ../nbs/08b_torchvision.ipynb #aee4945a
 def load_torchvision(
     model:RetinaNet, # With an FPN, on a torchvision ResNet of the same depth
     state:dict, # State dict of torchvision's RetinaNet, first or second version
@@ -41,7 +41,7 @@ def load_torchvision(
     if background:
         n = model.box_head.out.out_channels//4                                                      # anchors per place
         for k,v in state.items():
-            if '.cls_logits.' in k: state[k] = v.unflatten(0, (n,-1))[:,1:].flatten(0,1)
+            if '.cls_logits.' in k and len(v)%n==0: state[k] = v.unflatten(0, (n,-1))[:,1:].flatten(0,1)
     own = {k:v for k,v in model.state_dict().items() if not k.startswith('image_head.')}
     want = {torchvision_name(k):k for k in own}
     lacks = [k for k in want if k not in state and not k.endswith('num_batches_tracked')]           # frozen norms have none

@@ -27,7 +27,7 @@ def retina_splitter(m:RetinaNet):
     own = {id(p) for p in early+late}
     return L(early, late, [p for p in m.parameters() if id(p) not in own])
 
-# %% ../nbs/10_learner.ipynb #c587b695
+# %% ../nbs/10_learner.ipynb #d413ba84
 def retinanet_learner(
     dls, # As `detection_dls` gives them
     backbone='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
@@ -43,12 +43,12 @@ def retinanet_learner(
     anchors,more = anchors or Anchors(),dict(n_categories=len(dls.categories))|(model or {})
     model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth, anchors.levels, **more)
     learn = Learner(dls, model, loss_func=RetinaLoss(anchors, (dls.size,dls.size), **(loss or {})), splitter=retina_splitter, **kwargs)
-    learn.detector = dict(backbone=model.backbone.name, in_channels=dls.channels, classes=dls.classes, size=dls.size, width=width, depth=depth,
+    learn.detector = dict(backbone=model.backbone.name, in_channels=dls.channels, mode=dls.mode, stats=[list(map(float,o)) for o in dls.stats], classes=dls.classes, size=dls.size, width=width, depth=depth,
                           sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels, categories=dls.categories, model=more)
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/10_learner.ipynb #c2be9b41
+# %% ../nbs/10_learner.ipynb #cb28e5c3
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -68,7 +68,7 @@ def detect(
 def _rows(o, item, size, classes):
     "Detections `o` (n,6) on a picture of `size` as rows of boxes in pixels of the original"
     xy = clip_boxes(picture_fit(item, size).back(o[:,:4]), (item['height'],item['width']))
-    xy,o = xy[area(xy)>0].numpy(),o[area(xy)>0] # what lies on a black border of the picture is nowhere in the original
+    xy,o = xy[area(xy)>0].double().numpy(),o[area(xy)>0] # what lies on a black border of the picture is nowhere in the original
     df = pd.DataFrame(xy, columns=['x1','y1','x2','y2']).assign(label=[classes[int(k)] for k in o[:,5]], score=o[:,4].numpy())
     df.insert(0, 'image_id', item['image_id'])
     return df

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/07c_pyramid.ipynb #6caa1adb
+# %% ../nbs/07c_pyramid.ipynb #e18eb209
 def check_levels(
     levels:tuple # Numbers of pyramid levels; level l has one place for 2**l by 2**l pixels
 )->tuple:        # `levels`
     "Refuse `levels` that a backbone with C3, C4 and C5 cannot feed"
     levels = tuple(levels)
-    if levels!=tuple(range(levels[0], levels[0]+len(levels))) or not 3<=levels[0]<=5 or not 4<=levels[-1]<=7:
-        raise ValueError(f"levels={levels} must follow one another, begin at 3, 4 or 5 and end at 4 to 7, such as (3,4,5,6,7) or (4,5,6)")
+    if not levels or levels!=tuple(range(levels[0], levels[0]+len(levels))) or not 3<=levels[0]<=5<=levels[-1]<=7:
+        raise ValueError(f"levels={levels} must follow one another, begin at 3, 4 or 5 and end at 5, 6 or 7, such as (3,4,5,6,7) or (4,5,6)")
     return levels
 
 # %% ../nbs/07c_pyramid.ipynb #02b4c8dd

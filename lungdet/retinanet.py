@@ -34,7 +34,7 @@ def on_canvas(
     for p,(r,c) in zip(maps,at): x[:,:,r,c],gaps[:,:,r,c] = p,1
     return x,gaps,at
 
-# %% ../nbs/08_retinanet.ipynb #63cfeaa2
+# %% ../nbs/08_retinanet.ipynb #f5f26004
 class RetinaHead(nn.Module):
     "`n_out` numbers for every anchor of every level"
     def __init__(self,
@@ -69,10 +69,11 @@ class RetinaHead(nn.Module):
         "What `forward` does, for all of `levels` on one canvas"
         x,gaps,at = on_canvas(levels)
         for block in self.tower: x = block(x)*gaps
-        return [self.out(x)[:,:,r,c] for r,c in at]
+        y = self.out(x)
+        return [y[:,:,r,c] for r,c in at]
 
 def group_norm(channels:int)->nn.GroupNorm:
-    "Group norm of 32 groups, or as many below as leave at least two of `channels` in each"
+    "Group norm of 32 groups, or the largest power of two below that leaves at least two of `channels` in each"
     return nn.GroupNorm(math.gcd(32, channels//2) if channels%2==0 else 1, channels)
 
 # %% ../nbs/08_retinanet.ipynb #2e279ce6
@@ -109,7 +110,7 @@ def set_norm(
         else: set_norm(m, kind, eps)
     return net
 
-# %% ../nbs/08_retinanet.ipynb #7336c177
+# %% ../nbs/08_retinanet.ipynb #4a0c6ec6
 class RetinaNet(nn.Module):
     "Pictures (N,C,h,w) to class scores before the sigmoid (N,A,K) and corrections (N,A,4); with `n_categories` also to those of the image (N,n_categories)"
     def __init__(self,
@@ -122,6 +123,7 @@ class RetinaNet(nn.Module):
         neck:str='fpn',  # One of `necks`
         neck_args:dict|None=None, # More arguments for the neck
         norm:str='batch', # Norms of the backbone, see `set_norm`
+        norm_eps:float|None=None, # Added to the variances of frozen norms; as they come if None
         head_norm:str|None=None, # Norms of the heads, see `RetinaHead`
         n_categories:int=0, # Categories of the image head; 0 for no such head
         prior:float=.01  # Score of every anchor before training
@@ -129,7 +131,7 @@ class RetinaNet(nn.Module):
         super().__init__()
         if neck not in necks: raise ValueError(f"neck={neck!r} is not known; take one of {list(necks)}")
         self.backbone,self.fpn = backbone,necks[neck](backbone.channels, width, levels, **(neck_args or {}))
-        set_norm(self.backbone, norm)
+        set_norm(self.backbone, norm, norm_eps)
         self.cls_head = RetinaHead(width, n_anchors, n_classes, depth, head_norm, prior)
         self.box_head = RetinaHead(width, n_anchors, 4, depth, head_norm, local=True)
         self.image_head = ImageHead(backbone.channels[-1], n_categories) if n_categories else None

@@ -11,11 +11,11 @@ from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .retinanet import RetinaNet
 
-# %% ../nbs/08c_speed.ipynb #5410bc90
+# %% ../nbs/08c_speed.ipynb #a179fd62
 _NORMS = nn.BatchNorm2d,torchvision.ops.FrozenBatchNorm2d
 
 def _followed_by_norm(model, x):
-    "Pairs of a convolution and the norm that reads what it gives, found by running `model` on `x`"
+    "Pairs of a convolution and the norm that reads what it gives, found by running `model` on `x`; of those used once"
     gave,pairs,hooks = {},[],[]
     def before(m, i):
         if id(i[0]) in gave: pairs.append((gave[id(i[0])][0],m))
@@ -27,7 +27,7 @@ def _followed_by_norm(model, x):
         with torch.no_grad(): model(x)
     finally:
         for h in hooks: h.remove()
-    return pairs
+    return [(c,n) for c,n in pairs if sum(c is o for o,_ in pairs)==sum(n is o for _,o in pairs)==1]
 
 # %% ../nbs/08c_speed.ipynb #f50fcf00
 def fold_norms(
@@ -46,12 +46,12 @@ def fold_norms(
         setattr(m, k, nn.Sequential(*acts) if acts else nn.Identity())
     return len(pairs)
 
-# %% ../nbs/08c_speed.ipynb #dc1f3d02
+# %% ../nbs/08c_speed.ipynb #e801ba2a
 def best_dtype(device='cpu')->torch.dtype:
     "The fastest type for a network on `device`: bfloat16 where the hardware multiplies it, float32 elsewhere"
     if torch.device(device).type=='cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has = torch.cpu.get_capabilities()
-    return torch.bfloat16 if has.get('avx512_bf16') or has.get('amx_bf16') or has.get('arm_bf16') else torch.float32
+    has = getattr(torch.cpu, 'get_capabilities', dict)() if torch.device(device).type=='cpu' else {}
+    return torch.bfloat16 if any(has.get(o) for o in ('avx512_bf16','amx_bf16','bf16')) else torch.float32 # the last is ARM's
 
 # %% ../nbs/08c_speed.ipynb #4df2a01c
 class FastRetinaNet(nn.Module):
@@ -61,7 +61,7 @@ class FastRetinaNet(nn.Module):
         self.model,self.dtype = model.to(dtype, memory_format=torch.channels_last),dtype
     def forward(self, x): return tuple(o.float() for o in self.model(x.to(self.dtype, memory_format=torch.channels_last)))
 
-# %% ../nbs/08c_speed.ipynb #7eaf22a7
+# %% ../nbs/08c_speed.ipynb #30a4f3f1
 def optimise_for_inference(
     model:RetinaNet, # Any model of this course; it stays as it is
     x:Tensor,        # A typical batch, (N,C,h,w)
@@ -69,12 +69,11 @@ def optimise_for_inference(
     compile:bool=False # With `torch.compile` too?
 )->FastRetinaNet:    # In evaluation mode
     "A faster copy of `model`, for use without training"
-    was = model.training
-    try:
-        fast = copy.deepcopy(model.eval()).requires_grad_(False)
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        want = fast(x[:1])
         fold_norms(fast, x[:1])
-        with torch.no_grad(): off = max((a-b).abs().max().item() for a,b in zip(model(x[:1]), fast(x[:1])))
-    finally: model.train(was)
+        off = max(((a-b).abs().max()/a.abs().max().clamp(min=1)).item() for a,b in zip(want, fast(x[:1])))
     if not off<1e-2: raise ValueError(f"without its norms the model answers differently, by {off:.2g}; does something read a convolution's output besides its norm?")
     fast = FastRetinaNet(fast, dtype or best_dtype(x.device)).eval()
     return torch.compile(fast) if compile else fast
