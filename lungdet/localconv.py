@@ -22,7 +22,7 @@ def spans(
     length = min(n, int((last-first).max())+1+2*margin)
     return (first-margin).clamp(0, n-length),length
 
-# %% ../nbs/07d_localconv.ipynb #52dbe688
+# %% ../nbs/07d_localconv.ipynb #50d8f739
 class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b):
@@ -39,7 +39,7 @@ class _Local(torch.autograd.Function):
         if not len(has): return None, w.new_zeros(()).expand_as(w), w.new_zeros(()).expand(len(w)) if ctx.bias else None
         (ys,h),(xs,wd) = spans(on[has].any(2)),spans(on[has].any(1))
         at = [(i,slice(None),slice(r,r+h),slice(c,c+wd)) for i,r,c in zip(has.tolist(), ys.tolist(), xs.tolist())]
-        whole = 2*len(at)*h*wd>on.numel()
+        whole = len(at)*h*wd>.8*on.numel()
         xw,gw = (x,g) if whole else (torch.stack([o[a] for a in at]).contiguous(memory_format=torch.channels_last) for o in (x,g))
         dx,dw,db = torch.ops.aten.convolution_backward(gw, xw, w, [len(w)], [1,1], [1,1], [1,1], False, [0,0], 1, [*ctx.needs_input_grad[:2],ctx.bias])
         if whole or dx is None: return dx,dw,db
