@@ -59,7 +59,7 @@ def test_report_adds_up(challenge_boxes):
     assert row.mean_best_iou==pytest.approx(part.mean_best_iou, abs=1e-6) and row.missed==pytest.approx(part.missed) and row.anchors==part.by_level.anchors.sum()
     for text in (repr(r),r._repr_html_()): assert 'P7' in text and r.verdict.splitlines()[0] in text and f'{r.mean_best_iou:.3f}' in text
 
-@pytest.mark.parametrize('box,text', [([10.,10,20,20],'below 32 px (add a finer level'), ([0.,0,512,512],'above 203 px (add a coarser level'),
+@pytest.mark.parametrize('box,text', [([10.,10,20,20],'below 32 px (take smaller sizes'), ([0.,0,512,512],'above 203 px (add a coarser level'),
                                       ([0.,0,250,50],'wider or taller than any anchor'), ([10.,10,60,400],'wider or taller than any anchor')])
 def test_advice_names_the_cause(box, text):
     a = Anchors(sizes_512[:3], levels=(3,4,5))

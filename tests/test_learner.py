@@ -1,7 +1,9 @@
 "Backbones, groups of parameters, learners that learn"
 import numpy as np, pytest, torch
 from fastai.vision.all import set_seed, params
+from lungdet.anchors import Anchors
 from lungdet.data import PAD
+from lungdet.formats import Annotations
 from lungdet.learner import *
 from lungdet.single import *
 from lungdet.single import offline_weights
@@ -123,3 +125,45 @@ def test_every_path_takes_negatives(tmp_path, boxes):
             assert dets.ndim==2 and dets.shape[1]==6 and np.isfinite(dets).all()
             assert len(learn.get_preds(dl=learn.dls.test_dl([dict(path=p) for p in ann.images.path[:3]]))[0])
             learn.show_results(max_n=2)
+
+@pytest.mark.parametrize('options', [dict(norm='frozen',norm_eps=0.),dict(norm='group',head_norm='group'),dict(neck='bifpn')], ids=str)
+def test_every_kind_of_model_comes_back(tmp_path, options):
+    "Also norms that are not batch norms, other levels, and what pictures the model wants"
+    dls = detection_dls(toy(tmp_path), size=64, bs=2, mode='gray', stats=([.3],[.2]))
+    anchors = Anchors(((16,20),(32,40),(64,80)), (1.,2.), (3,4,5))
+    learn = retinanet_learner(dls, 'resnet18', pretrained=False, width=16, depth=1, anchors=anchors, model=options)
+    for m in learn.model.modules():
+        if hasattr(m,'running_mean'): m.running_mean.normal_(); m.running_var.uniform_(.5,2)
+    model,cfg = load_detector(save_detector(learn, tmp_path/'m.safetensors'))
+    x = torch.randn(2,1,64,64)
+    with torch.no_grad(): assert all(torch.equal(a,b) for a,b in zip(learn.model.eval()(x), model(x)))
+    assert (cfg['mode'],cfg['stats'],cfg['in_channels'])==('gray',[[.3],[.2]],1)
+
+def test_categories_of_the_whole_image(tmp_path):
+    "An image head is trained beside the boxes, and its probability lowers the scores"
+    ann = toy(tmp_path, n=12)
+    some = ann.images.image_id.isin([f'i{i}' for i in (1,4,11)])
+    ann = Annotations(ann.images.assign(category=['Normal' if o else 'Lesion' for o in some]), ann.boxes[~ann.boxes.image_id.isin(ann.images.image_id[some])], ann.classes)
+    dls = detection_dls(ann, size=64, bs=4, aug=None, categories=['Normal','Lesion'])
+    set_seed(0)
+    learn = retinanet_learner(dls, 'resnet18', pretrained=False, width=16, depth=1, lr=1e-3)
+    before = [p.detach().clone() for p in learn.model.image_head.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert any((a!=b).any() for a,b in zip(before, learn.model.image_head.parameters()))
+    terms = learn.loss_func.terms(learn.model(dls.one_batch()[0]), *dls.one_batch()[1:])
+    assert set(terms)=={'cls','box','image'} and terms['image']>0
+    with torch.no_grad():
+        learn.model.image_head.out.weight.zero_(); learn.model.image_head.out.bias.copy_(torch.tensor([0.,0.]))
+    half = detect(learn, score_thr=0.)
+    learn.model.image_head.out.bias.data.copy_(torch.tensor([-50.,50.]))
+    whole = detect(learn, score_thr=0.)
+    np.testing.assert_allclose(half.score.max()*2, whole.score.max(), rtol=1e-5)
+    model,cfg = load_detector(save_detector(learn, tmp_path/'m.safetensors'))
+    assert cfg['categories']==['Normal','Lesion'] and model.image_head.out.out_features==2
+
+def test_categories_that_cannot_be(tmp_path):
+    ann = toy(tmp_path)
+    ann = Annotations(ann.images.assign(category='Lesion'), ann.boxes, ann.classes)
+    for cats,match in ((['Lesion','Normal'],'no image is of category'),(['Lesion'],'at least two')):
+        with pytest.raises(ValueError, match=match): detection_dls(ann, size=64, categories=cats)
+    with pytest.raises(ValueError, match='does not answer for them'): single_box_dls(ann, size=64, categories=['a','b'])
