@@ -32,7 +32,7 @@ def _soft(b, s, thr, score_thr):
 
 merges = dict(soft=_soft, fuse=lambda b,s,thr,score_thr: fuse_boxes([b], [s], thr))
 
-# %% ../nbs/08a_decode.ipynb #78dba4f3
+# %% ../nbs/08a_decode.ipynb #f70a679e
 def _candidates(scores, anchors, size, score_thr, topk):
     "Image, anchor, class and score of all candidates of `scores` (N,A,K), each (n,), the best first within each level of each image"
     n,i,k = (scores>score_thr).nonzero(as_tuple=True)
@@ -41,19 +41,19 @@ def _candidates(scores, anchors, size, score_thr, topk):
     keep = best_of(s, n*len(ends)+level, topk)
     return n[keep],i[keep],k[keep],s[keep]
 
-def _merged(b, s, n, k, merge, thr, score_thr):
+def _merged(b, s, n, k, K, merge, thr, score_thr):
     "Boxes, scores, image and class of the candidates that `merge` leaves"
-    which,g = torch.stack([n,k]).unique(dim=1, return_inverse=True)                             # (2,G), (n,)
+    keys,g = (n*K+k).unique(return_inverse=True)                                                # one for each class of each image (G,), (n,)
     if merge=='nms':
         keep = nms(b, s, g, thr)
         return b[keep],s[keep],n[keep],k[keep]
     out = []
-    for i,(image,label) in enumerate(which.T.tolist()):
+    for i,(image,label) in enumerate(divmod(o,K) for o in keys.tolist()):
         mb,ms = merges[merge](b[g==i], s[g==i], thr, score_thr)
         out.append((mb, ms, n.new_full((len(ms),), image), k.new_full((len(ms),), label)))
     return tuple(torch.cat(o) for o in zip(*out)) if out else (b,s,n,k)
 
-# %% ../nbs/08a_decode.ipynb #bd717578
+# %% ../nbs/08a_decode.ipynb #bbb0a384
 @torch.no_grad()
 def postprocess(
     preds:tuple, # What a `RetinaNet` gives: class scores before the sigmoid (N,A,K), corrections (N,A,4), and maybe image categories (N,K')
@@ -77,7 +77,7 @@ def postprocess(
     n,i,k,s = _candidates(scores, anchors, size, score_thr, topk)
     b = clip_boxes(decode(deltas[n,i], a[i]), size)                                             # (n,4)
     ok = area(b)>0
-    b,s,n,k = _merged(b[ok], s[ok], n[ok], k[ok], merge, nms_thr, score_thr)
+    b,s,n,k = _merged(b[ok], s[ok], n[ok], k[ok], scores.shape[2], merge, nms_thr, score_thr)
     keep = best_of(s, n, max_det)
     n = n[keep]
     out = a.new_zeros(len(scores), max_det, 6)
