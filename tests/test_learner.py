@@ -79,7 +79,7 @@ def test_detector_learns_one_thing_and_comes_back_from_disk(tmp_path):
     set_seed(0)
     dls = detection_dls(toy(tmp_path, 34), size=64, bs=8, aug=None)
     learn = retinanet_learner(dls, 'resnet18', pretrained=False, width=32, depth=1)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 3e-3)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(16, 3e-3)
     preds = detect(learn)
     best = preds.sort_values('score').groupby('image_id').tail(1)
     assert len(best)==2 and (best[['x1','y1','x2','y2']]-[300,120,420,280]).abs().to_numpy().max()<40 and best.score.min()>.3
