@@ -5,7 +5,8 @@
 Prints the best of --repeat rounds in milliseconds, in which the two take turns, and how many times faster ours is. Inference is from picture
 to boxes, with a hundred scores of a picture above the threshold; a training step is forward, loss, backward and AdamW (fused in ours, PyTorch's default in torchvision's). Half of the pictures of a batch
 (all, if it is one) have two opacities of the challenge's median size; `many` has 60 boxes on each picture. The last columns are other models: `fast` is
-`optimise_for_inference`, `P4-P6` keeps the levels that chapter 07a keeps for the challenge at 512. --memory prints the peak of one training step,
+`optimise_for_inference`, `P4-P6` drops P3 and P7; the coverage of the challenge's boxes at 512 is printed first, also for the levels that
+`anchor_report` keeps. --memory prints the peak of one training step,
 each in a process of its own. --detector FILE --annotations FOLDER (as `save_detector` and `Annotations.save` wrote them) prints what the fast copy does
 to the scores and to the average precision of a trained model."""
 import argparse, math, resource, subprocess, sys, time, warnings
@@ -26,7 +27,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from lungdet.all import *
 if args.threads: torch.set_num_threads(args.threads)
 pd.set_option('display.width', 200)
-few = Anchors(sizes_512[1:4], levels=(4,5,6)) # what `anchor_report` keeps for the challenge at 512
+few = Anchors(sizes_512[1:4], levels=(4,5,6))
+truth = torch.tensor(challenge_tables()[1][XYXY].to_numpy('float32'))/2 # boxes of the whole challenge at 512
+report = anchor_report(truth, Anchors(), 512)
+for k,a in {'all levels':Anchors(), 'P4-P6':few, f'what `anchor_report` keeps, {report.trimmed.levels}':report.trimmed}.items(): print(f'{k}: {anchor_report(truth,a,512).title}')
 
 def theirs(arch, size):
     body = resnet_fpn_backbone(backbone_name=arch, weights=None, trainable_layers=5, returned_layers=[2,3,4], extra_blocks=LastLevelP6P7(256,256), norm_layer=nn.BatchNorm2d)

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['torchvision_name', 'load_torchvision', 'to_torchvision']
 
-# %% ../nbs/08b_interop.ipynb #ac2d413e
+# %% ../nbs/08b_interop.ipynb #b110e665
 import re, torch
-from torch import Tensor
 from .retinanet import RetinaNet
 
 # %% ../nbs/08b_interop.ipynb #ba70139c

@@ -27,7 +27,7 @@ def retina_splitter(m:RetinaNet):
     own = {id(p) for p in early+late}
     return L(early, late, [p for p in m.parameters() if id(p) not in own])
 
-# %% ../nbs/10_learner.ipynb #d413ba84
+# %% ../nbs/10_learner.ipynb #2d1e33d4
 def retinanet_learner(
     dls, # As `detection_dls` gives them
     backbone='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
@@ -43,8 +43,8 @@ def retinanet_learner(
     anchors,more = anchors or Anchors(),dict(n_categories=len(dls.categories))|(model or {})
     model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth, anchors.levels, **more)
     learn = Learner(dls, model, loss_func=RetinaLoss(anchors, (dls.size,dls.size), **(loss or {})), splitter=retina_splitter, **kwargs)
-    learn.detector = dict(backbone=model.backbone.name, in_channels=dls.channels, mode=dls.mode, stats=[list(map(float,o)) for o in dls.stats], classes=dls.classes, size=dls.size, width=width, depth=depth,
-                          sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels, categories=dls.categories, model=more)
+    learn.detector = dict(backbone=model.backbone.name, in_channels=dls.channels, mode=dls.mode, stats=[list(map(float,o)) for o in dls.stats],
+                          classes=dls.classes, size=dls.size, width=width, depth=depth, sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels, categories=dls.categories, model=more)
     if pretrained: learn.freeze()
     return learn
 

@@ -6,10 +6,10 @@
 __all__ = ['few_places', 'on_canvas', 'RetinaHead', 'group_norm', 'ImageHead', 'FrozenBatchNorm2d', 'set_norm', 'RetinaNet',
            'macs']
 
-# %% ../nbs/08_retinanet.ipynb #7788e04c
+# %% ../nbs/08_retinanet.ipynb #d890a32a
 import math, torch, torchvision
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import nn
 from .single import Backbone
 from .pyramid import necks
 from .localconv import LocalConv2d
@@ -110,9 +110,9 @@ def set_norm(
         else: set_norm(m, kind, eps)
     return net
 
-# %% ../nbs/08_retinanet.ipynb #4a0c6ec6
+# %% ../nbs/08_retinanet.ipynb #0234d4a5
 class RetinaNet(nn.Module):
-    "Pictures (N,C,h,w) to class scores before the sigmoid (N,A,K) and corrections (N,A,4); with `n_categories` also to those of the image (N,n_categories)"
+    "Pictures (N,C,h,w) to class scores before the sigmoid (N,A,K), corrections (N,A,4), and maybe scores of the image (N,n_categories)"
     def __init__(self,
         backbone:Backbone, # Gives C3, C4, C5
         n_classes:int=1, # Classes, foreground only
