@@ -4,12 +4,13 @@
 
 Prints the best of --repeat rounds in milliseconds, in which the two take turns, and how many times faster ours is. Inference is from picture
 to boxes, with a hundred scores of a picture above the threshold; a training step is forward, loss, backward and AdamW (fused in ours, PyTorch's default in torchvision's). Half of the pictures of a batch
-(all, if it is one) have two opacities of the challenge's median size; `many` has 60 boxes on each picture. The last columns are other models: `fast` is
+(all, if it is one) have two opacities of the challenge's median size; `four` has four on each picture, the most that one picture of the challenge
+has, and `sixty` a crowd of sixty. The last columns are other models: `fast` is
 `optimise_for_inference`, `P4-P6` drops P3 and P7; the coverage of the challenge's boxes at 512 is printed first, also for the levels that
 `anchor_report` keeps. --memory prints the peak of one training step,
-each in a process of its own. --detector FILE --annotations FOLDER (as `save_detector` and `Annotations.save` wrote them) prints what the fast copy does
+each in a process of its own that gives what it frees back at once (MALLOC_MMAP_THRESHOLD_), or else it is what the allocator keeps that is measured. --detector FILE --annotations FOLDER (as `save_detector` and `Annotations.save` wrote them) prints what the fast copy does
 to the scores and to the average precision of a trained model."""
-import argparse, math, resource, subprocess, sys, time, warnings
+import argparse, math, os, subprocess, sys, time, warnings
 from types import SimpleNamespace
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--backbones', nargs='*', default=['resnet18','resnet34','resnet50']); p.add_argument('--sizes', type=int, nargs='+', default=[256,512])
@@ -36,15 +37,15 @@ def theirs(arch, size):
     body = resnet_fpn_backbone(backbone_name=arch, weights=None, trainable_layers=5, returned_layers=[2,3,4], extra_blocks=LastLevelP6P7(256,256), norm_layer=nn.BatchNorm2d)
     return TVRetinaNet(body, num_classes=1, min_size=size, max_size=size, image_mean=[0.]*3, image_std=[1.]*3, detections_per_img=100).to(args.device)
 
-def batch(n, size, many=False):
-    "Pictures (n,3,size,size), boxes (n,M,4), labels (n,M)"
+def batch(n, size, each=None):
+    "Pictures (n,3,size,size), boxes (n,M,4), labels (n,M); `each` boxes on each picture, or two on every other"
     g = torch.Generator().manual_seed(0)
-    x,m = torch.rand(n,3,size,size,generator=g),60 if many else 2
+    x,m = torch.rand(n,3,size,size,generator=g),each or 2
     wh = torch.tensor([217.,298])*size/1024*torch.empty(n,m,1).uniform_(.6,1.5,generator=g)
-    at = torch.tensor([[.15,.35],[.55,.35]]) if not many else torch.rand(n,m,2,generator=g)*.6
+    at = torch.tensor([[.15,.35],[.55,.35]]) if not each else torch.rand(n,m,2,generator=g)*.6
     b = torch.cat([at*size+0*wh, at*size+wh], 2).clamp(max=size)
     l = torch.zeros(n,m,dtype=torch.long)
-    if n>1 and not many: l[1::2] = PAD
+    if n>1 and not each: l[1::2] = PAD
     return [o.to(args.device) for o in (x,b,l)]
 
 def sync():
@@ -80,19 +81,23 @@ def models(arch, size):
     tv.load_state_dict(to_torchvision(ours))
     return tv,ours,less
 def adamw(m, fused): return torch.optim.AdamW(m.parameters(), 1e-6, fused=fused or None)
-def steps(arch, size, n, many=False, which=('torchvision','ours','P4-P6')):
-    tv,ours,less = models(arch, size)
-    b,fs = batch(n, size, many),{}
+def steps(arch, size, n, each=None, which=('torchvision','ours','P4-P6')):
+    if len(which)>1: tv,ours,less = models(arch, size)
+    elif which==('torchvision',): tv = theirs(arch, size) # alone, for its memory
+    else: ours = RetinaNet(Backbone(arch)).to(args.device)
+    b,fs = batch(n, size, each),{}
     if 'torchvision' in which: tv.train(); o1 = adamw(tv, False); fs['torchvision'] = lambda: tv_step(tv, o1, *b)
-    for k,m,a in (('ours',ours,Anchors()),('P4-P6',less,few)):
-        if k in which: m.train(); fs[k] = lambda m=m,o=adamw(m,True),loss=RetinaLoss(a,(size,size)): step(m, o, loss, *b)
+    for k in which[which[0]=='torchvision':]:
+        m,a = (ours,Anchors()) if k=='ours' else (less,few)
+        m.train(); fs[k] = lambda m=m,o=adamw(m,True),loss=RetinaLoss(a,(size,size)): step(m, o, loss, *b)
     return fs
 
 if args.step: # a process of its own, to measure its memory
     arch,size,n,who = args.step.split(',')
     f = steps(arch, int(size), int(n), which=(who,))[who]
     f(); f()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 if args.device=='cpu' else torch.cuda.max_memory_allocated()/2**20)
+    hwm = next(o for o in open('/proc/self/status') if o.startswith('VmHWM')) # getrusage would count the parent's too
+    print(int(hwm.split()[1])/1024 if args.device=='cpu' else torch.cuda.max_memory_allocated()/2**20)
     sys.exit()
 
 def ratios(t): return {k:f'{v:.0f}' if k=='torchvision' else f'{v:.0f} ({t["torchvision"]/v:.2f}x)' for k,v in t.items()}
@@ -108,10 +113,10 @@ for arch in args.backbones:
             inference[arch,size,n] = ratios(race(fs))
             print('inference', arch, size, n, inference[arch,size,n], flush=True)
             del tv,ours,less,fast,lfast,fs
-            for many in ([False,True] if n>1 else [False]):
+            for each,name in ((None,''),(4,', four'),(60,', sixty'))[:3 if n>1 else 1]:
                 which = ('torchvision','ours')+(('P4-P6',) if size>=512 else ())
-                training[arch,size,f'{n}{", many" if many else ""}'] = ratios(race(steps(arch, size, n, many, which), max(2,args.repeat//2)))
-                print('training', arch, size, n, many, training[arch,size,f'{n}{", many" if many else ""}'], flush=True)
+                training[arch,size,f'{n}{name}'] = ratios(race(steps(arch, size, n, each, which), max(2,args.repeat//2)))
+                print('training', arch, size, f'{n}{name}', training[arch,size,f'{n}{name}'], flush=True)
 if args.backbones:
     print(f'\nInference, ms per batch ({args.device}, {torch.get_num_threads()} threads, fast is {best_dtype(args.device)})'); print(pd.DataFrame(inference).T.fillna('').to_string())
     print('\nTraining step, ms per batch'); print(pd.DataFrame(training).T.fillna('').to_string())
@@ -133,7 +138,7 @@ if args.memory:
     for arch in args.backbones:
         for size in args.sizes:
             for n in args.batches:
-                rows[arch,size,n] = {w: float(subprocess.run([sys.executable,__file__,'--device',args.device,'--step',f'{arch},{size},{n},{w}'], check=True, capture_output=True, text=True).stdout.split()[-1])
+                rows[arch,size,n] = {w: float(subprocess.run([sys.executable,__file__,'--device',args.device,'--step',f'{arch},{size},{n},{w}'], check=True, capture_output=True, text=True, env=os.environ|{'MALLOC_MMAP_THRESHOLD_':'262144'}).stdout.split()[-1])
                                      for w in ('torchvision','ours')}
     print(pd.DataFrame(rows).T.assign(ratio=lambda d: d.ours/d.torchvision).round(2).to_string())
 
