@@ -26,7 +26,7 @@ def cell_anchors(
 # %% ../nbs/07_anchors.ipynb #219865b2
 sizes_512 = ((32,40,50),(64,80,101),(128,161,203),(256,322,406),(512,645,812))
 
-# %% ../nbs/07_anchors.ipynb #4b5cde53
+# %% ../nbs/07_anchors.ipynb #180e9ed2
 class Anchors:
     "Boxes laid over a picture, level by level, row by row; call with its height and width for a tensor (A,4)"
     def __init__(self,
@@ -75,11 +75,13 @@ class Anchors:
         return (torch.stack([x,y,x,y], -1).reshape(-1,1,4)+self.cells[i]).reshape(-1,4)
 
     @torch.inference_mode(False) # what is kept must also serve in training, wherever it was made
-    def __call__(self, h, w, device='cpu'):
-        "Anchors of all levels in pixels of a picture of `h` by `w`, (A,4); kept for the next call, so do not change them in place"
+    def __call__(self, h, w, device='cpu', n=None):
+        "Anchors of all levels in pixels of a picture of `h` by `w`, (A,4), of which a model expects `n`; kept for the next call, so do not change them in place"
         key = h,w,torch.device(device)
         if key not in self._cache: self._cache[key] = torch.cat([self.on_level(i,h,w) for i in range(len(self.levels))]).to(device)
-        return self._cache[key]
+        a = self._cache[key]
+        if n not in (None,len(a)): raise ValueError(f"the model answers for {n} anchors, {(h,w)} pictures have {len(a)}; are the pictures of another size, or the model for other anchors?")
+        return a
 
 # %% ../nbs/07_anchors.ipynb #ed5341a6
 def encode(

@@ -53,7 +53,7 @@ def _merged(b, s, n, k, K, merge, thr, score_thr):
         out.append((mb, ms, n.new_full((len(ms),), image), k.new_full((len(ms),), label)))
     return tuple(torch.cat(o) for o in zip(*out)) if out else (b,s,n,k)
 
-# %% ../nbs/08a_decode.ipynb #bbb0a384
+# %% ../nbs/08a_decode.ipynb #5982c3a9
 @torch.no_grad()
 def postprocess(
     preds:tuple, # What a `RetinaNet` gives: class scores before the sigmoid (N,A,K), corrections (N,A,4), and maybe image categories (N,K')
@@ -70,9 +70,7 @@ def postprocess(
     size = (size,size) if isinstance(size,int) else tuple(size)
     if merge!='nms' and merge not in merges: raise ValueError(f"merge={merge!r} is not known; take one of {['nms',*merges]}")
     logits,deltas,*image = (o.float() for o in preds)                                           # (N,A,K), (N,A,4), [(N,K')]
-    a,scores = anchors(*size, device=logits.device),logits.sigmoid()
-    if scores.shape[1]!=len(a): raise ValueError(f"the model answers for {scores.shape[1]} anchors, {size} pictures have {len(a)}; "
-                                                 "are the pictures of another size, or the model for other anchors?")
+    a,scores = anchors(*size, logits.device, logits.shape[1]),logits.sigmoid()
     if image: scores = scores*lesion_prob(image[0], lesion)[:,None,None]
     n,i,k,s = _candidates(scores, anchors, size, score_thr, topk)
     b = clip_boxes(decode(deltas[n,i], a[i]), size)                                             # (n,4)

@@ -97,7 +97,7 @@ def image_loss(
     if category.max()>=logits.shape[1]: raise ValueError(f"category {category.max()} of {logits.shape[1]}; are they counted from 0?")
     return F.cross_entropy(logits, category, ignore_index=PAD, reduction='sum')/(category!=PAD).sum().clamp(min=1)
 
-# %% ../nbs/09_loss.ipynb #1de8ed0c
+# %% ../nbs/09_loss.ipynb #b6ba6296
 class RetinaLoss:
     "Focal loss of all anchors, box loss of those that answer for a box, and a loss of the whole picture if the model judges it"
     def __init__(self,
@@ -130,9 +130,7 @@ class RetinaLoss:
     def terms(self, preds, boxes, labels, category=None):
         "Mean losses `cls`, `box` and perhaps `image` of a batch, as a dict"
         z,d,*image = (o.as_subclass(Tensor).float() for o in preds)                            # (N,A,K), (N,A,4), (N,K')
-        boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(*self.size,device=z.device)
-        if z.shape[1]!=len(a): raise ValueError(f"the model answers for {z.shape[1]} anchors, {self.size} pictures have {len(a)}; "
-                                                "are the pictures of another size, or the model for other anchors?")
+        boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(*self.size, z.device, z.shape[1])
         counts = self.anchors.counts(*self.size)
         asked,i,j,b,l = batch_targets(boxes, labels, a, counts, self.matcher)
         if len(l) and l.max()>=z.shape[2]: raise ValueError(f"label {l.max()} of {z.shape[2]} classes; are they counted from 0?")
