@@ -155,9 +155,9 @@ class DetectionDatasets(Datasets):
     "fastai's `Datasets` that make `DetectionDataLoaders`"
     _dbunch_type = DetectionDataLoaders
 
-# %% ../nbs/05_data.ipynb #b8ade219
+# %% ../nbs/05_data.ipynb #c5626922
 def detection_dls(
-    ann:Annotations, # Images with a `split`; 'train' and 'valid' are used
+    ann:Annotations, # Images with a `split`; 'train' and 'valid' are used; if all are 'valid', for both parts, to judge a model
     size:int=256, # Side of the square pictures in pixels
     bs:int=8,     # Images in a batch
     mode:str='repeat', # Channels: 'gray' (1), 'repeat' (3) or 'stack' (3)
@@ -171,9 +171,9 @@ def detection_dls(
 )->DataLoaders:   # Batches of pictures (N,C,size,size), boxes (N,M,4) in pixels, labels (N,M), and (N,) of `categories`; with `ann`, `classes`, `c`, `size` ...
     "fastai DataLoaders of pictures and their boxes, negatives included"
     if not len(ann): raise ValueError("there are no images to load; is the data set empty?")
-    parts = [ann.part('train').images.to_dict('records'), ann.part('valid').images.to_dict('records')]
+    parts = [ann.part(s).images.to_dict('records') for s in (('valid','valid') if ann.images.split.eq('valid').all() else ('train','valid'))]
     cut,items = len(parts[0]),parts[0]+parts[1]
-    if cache is not None: cache = PictureCache([o['path'] for o in items], cache, size, 'gray' if mode=='repeat' else mode)
+    if cache is not None: cache = PictureCache([*dict.fromkeys(o['path'] for o in items)], cache, size, 'gray' if mode=='repeat' else mode)
     keeps = 'scale_x' in ann.images and ann.images.scale_x.notna().any()
     if categories and aug and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic join pictures of different categories; there is no category for that")
     of_all = [[LoadCategory(ann,list(categories))]] if categories else []

@@ -6,7 +6,7 @@
 __all__ = ['box_losses', 'focal_loss', 'l1_loss', 'smooth_l1_loss', 'giou_loss', 'diou_loss', 'ciou_loss', 'batch_targets',
            'image_loss', 'RetinaLoss']
 
-# %% ../nbs/09_loss.ipynb #2d2069ae
+# %% ../nbs/09_loss.ipynb #936d4093
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.ops import generalized_box_iou_loss, distance_box_iou_loss, complete_box_iou_loss
 from .anchors import Anchors, encode, decode
 from .boxes import area
-from .matching import IoUMatcher, IGNORE
+from .matching import matchers, IGNORE
 from .data import PAD
 from .decode import postprocess
 
@@ -97,7 +97,7 @@ def image_loss(
     if category.max()>=logits.shape[1]: raise ValueError(f"category {category.max()} of {logits.shape[1]}; are they counted from 0?")
     return F.cross_entropy(logits, category, ignore_index=PAD, reduction='sum')/(category!=PAD).sum().clamp(min=1)
 
-# %% ../nbs/09_loss.ipynb #b6ba6296
+# %% ../nbs/09_loss.ipynb #81964ccd
 class RetinaLoss:
     "Focal loss of all anchors, box loss of those that answer for a box, and a loss of the whole picture if the model judges it"
     def __init__(self,
@@ -107,17 +107,18 @@ class RetinaLoss:
         gamma:float=2.,  # As in `focal_loss`
         box_loss:str='l1', # One of `box_losses`
         box_weight:float=1., # Weight of the box loss
-        matcher=None,    # Who answers for which box, such as `ATSS()`; `IoUMatcher()` if None
+        matcher='iou',   # Who answers for which box: one of `matchers`, or a rule such as `ATSS(12)`
         normalise:str='image', # Divide by the positive anchors of each 'image', of the 'batch', or by their 'running' mean
         smoothing:float=0., # Half of this is taken from targets of 1 and given to those of 0
         image_weight:float=1. # Weight of the loss of the whole picture
     ):
         if box_loss not in box_losses: raise ValueError(f"box_loss is {box_loss!r}, it must be one of {list(box_losses)}")
+        if isinstance(matcher,str) and matcher not in matchers: raise ValueError(f"matcher is {matcher!r}, it must be one of {list(matchers)}")
         if normalise not in ('image','batch','running'): raise ValueError(f"normalise={normalise!r} must be 'image', 'batch' or 'running'")
         if not 0<=smoothing<1: raise ValueError(f"smoothing is {smoothing}; from 1 on, lesion and background would be the same")
         self.anchors,self.size,self.alpha,self.gamma,self.smoothing = anchors,size,alpha,gamma,smoothing
         self.box_loss,self.box_weight,self.image_weight = box_losses[box_loss],box_weight,image_weight
-        self.matcher,self.normalise,self.positives = matcher or IoUMatcher(),normalise,100. # `positives`: the running mean of a batch
+        self.matcher,self.normalise,self.positives = (matchers[matcher]() if isinstance(matcher,str) else matcher),normalise,100. # `positives`: the running mean of a batch
 
     def share(self, n):
         "What the sums of each picture are multiplied by, (N,), given how many positives it has, (N,)"

@@ -1,10 +1,12 @@
 "Backbones, groups of parameters, learners that learn"
 import numpy as np, pytest, torch
-from fastai.vision.all import set_seed, params
+from fastai.vision.all import Callback, set_seed
+from torch import nn
 from lungdet.anchors import Anchors
 from lungdet.data import PAD
 from lungdet.formats import Annotations
 from lungdet.learner import *
+from lungdet.retinanet import RetinaNet
 from lungdet.single import *
 from lungdet.single import offline_weights
 from lungdet.data import detection_dls, single_box_dls
@@ -66,6 +68,84 @@ def test_groups_and_freezing(tmp_path, name):
     assert all(p.requires_grad for p in groups[1]) and not any(p.requires_grad for p in groups[0] if id(p) not in norms)
     learn.unfreeze()
     assert all(p.requires_grad for p in learn.model.parameters())
+
+@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('options', [{},dict(neck='bifpn',norm='group',head_norm='group'),dict(norm='frozen',n_categories=3)], ids=str)
+def test_every_parameter_is_in_one_group(name, options):
+    model = RetinaNet(Backbone(name), width=16, depth=1, **options)
+    groups = retina_splitter(model)
+    ids = [id(p) for g in groups for p in g]
+    assert len(groups)==3 and len(ids)==len(set(ids)) and set(ids)=={id(p) for p in model.parameters()}
+    assert all(any(p is q for q in groups[2]) for p in [*model.fpn.parameters(),*model.cls_head.parameters(),*model.box_head.parameters()])
+    opt = detector_adam(groups, lr=1e-3)
+    off = {id(p) for p,_,state,_ in opt.all_params() if state.get('do_wd')==False}
+    own = {id(p) for m in model.modules() for k,p in m.named_parameters(recurse=False) if k=='bias' or isinstance(m, (nn.BatchNorm2d,nn.GroupNorm,nn.LayerNorm))}
+    assert own<=off and not any(p.ndim>1 for g in groups for p in g if id(p) in off) # norms of every kind and all biases
+
+def test_decay_is_off_in_training_too(tmp_path):
+    "Also after unfreezing, which clears the optimiser's state"
+    learn = retinanet_learner(detection_dls(toy(tmp_path), size=64, bs=2), 'resnet18', pretrained=False, width=16, depth=1)
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-4)
+    assert all((state.get('do_wd',True)==False)==(p.ndim<2) for p,_,state,_ in learn.opt.all_params())
+
+class Modes(Callback):
+    run_valid = False
+    def after_pred(self): self.modes = {m.training for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)}
+
+@pytest.mark.parametrize('train_bn', [True,False])
+def test_batch_norm_of_frozen_parts(tmp_path, train_bn):
+    "What frozen batch norms do in a step: they go on learning, or not with `train_bn=False`"
+    learn = retinanet_learner(detection_dls(toy(tmp_path), size=64, bs=4), 'resnet18', pretrained=False, width=16, depth=1, train_bn=train_bn)
+    learn.freeze()
+    bn = next(m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
+    before = bn.weight.detach().clone(),bn.running_mean.clone()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=(look := Modes()))
+    assert (not torch.equal(bn.weight, before[0]))==train_bn and look.modes=={True}
+
+def test_verbs_of_fastai(tmp_path):
+    "What a fastai user types works, in this order"
+    ann = toy(tmp_path, 12)
+    learn = retinanet_learner(detection_dls(ann, size=64, bs=4), 'resnet18', pretrained=False, width=16, depth=1, path=tmp_path)
+    assert 'Total params' in str(learn.summary())
+    with learn.no_bar(), learn.no_logging():
+        w = learn.model.fpn.state_dict(); before = {k:v.clone() for k,v in w.items()}
+        found = learn.lr_find(num_it=8, show_plot=False)
+        assert found.valley>0 and all(torch.equal(before[k],v) for k,v in learn.model.fpn.state_dict().items())
+        learn.fine_tune(1, 1e-3)
+        learn.freeze_to(-2)
+        learn.fit_one_cycle(1, slice(1e-5,1e-3))
+        assert np.isfinite(learn.validate()[0])
+        (cls,box),(boxes,labels) = learn.get_preds()
+        assert len(cls)==len(box)==len(boxes)==len(ann.part('valid'))
+        both,one = learn.tta(score_thr=.001),detect(learn, score_thr=.001)
+        assert len(both)>=len(one)>0 or len(both)>0
+        learn.save('m'); learn.load('m')
+
+def test_mirror_images_have_mirrored_detections(tmp_path):
+    "With `flip`, a picture and its mirror image give the same detections, mirrored"
+    import cv2
+    ann = toy(tmp_path, 6)
+    learn = retinanet_learner(detection_dls(ann, size=64, bs=4), 'resnet18', pretrained=False, width=16, depth=1)
+    row = ann.images.iloc[[0]]
+    cv2.imwrite(str(tmp_path/'m.png'), cv2.imread(row.path[0], 0)[:,::-1])
+    a,b = (detect(learn, Annotations(r, ann.boxes[:0], ann.classes), score_thr=.001, flip=True) for r in (row, row.assign(path=str(tmp_path/'m.png'))))
+    w = row.width[0]
+    b = b.assign(x1=w-b.x2, x2=w-b.x1)
+    cols = ['score','x1','y1','x2','y2']
+    assert len(a)==len(b)>0
+    np.testing.assert_allclose(a[cols].sort_values(cols).to_numpy(), b[cols].sort_values(cols).to_numpy(), atol=.05)
+
+def test_detector_from_a_file_on_other_images(tmp_path):
+    "Classes it never saw are refused; it can be trained on"
+    ann = toy(tmp_path, 8)
+    learn = retinanet_learner(detection_dls(ann, size=64, bs=4), 'resnet18', pretrained=False, width=16, depth=1)
+    path = save_detector(learn, tmp_path/'d.safetensors')
+    only = Annotations(ann.images.assign(split='valid'), ann.boxes, ann.classes)
+    a,b = detect(detector_learner(path, only), score_thr=.001),detect(learn, only, score_thr=.001)
+    np.testing.assert_allclose(a.score, b.score, atol=1e-5)
+    again = detector_learner(path, ann, dict(gamma=1.))
+    with again.no_bar(), again.no_logging(): again.fit(1, 1e-4)
+    with pytest.raises(ValueError, match="have 'b' too"): detector_learner(path, Annotations(ann.images, ann.boxes.assign(label='b'), ['a','b']))
 
 def test_rates_of_the_groups(tmp_path):
     learn = retinanet_learner(detection_dls(toy(tmp_path), size=64, bs=2), 'resnet18', pretrained=False, width=16, depth=1)
