@@ -39,7 +39,7 @@ def _nearest(k, known):
     near = difflib.get_close_matches(k, known, 1, .5)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
 
-# %% ../nbs/17_config.ipynb #7065bf4f
+# %% ../nbs/17_config.ipynb #fac80641
 class Schema:
     "Sections of settings, each the keyword arguments of a function"
     def __init__(self, **sections): self.sections = sections # each as `keys_of` gives it
@@ -51,8 +51,8 @@ class Schema:
         "`settings` completed with the defaults, or a `ValueError` that names the key that is wrong"
         res = {s:{k:o['default'] for k,o in keys.items()} for s,keys in self.sections.items()}
         for s,o in settings.items():
+            if not isinstance(o, dict): raise ValueError(f"{where}: {s} = {o!r} stands outside of a section; {self._home(s)}")
             if s not in self.sections: raise ValueError(f"{where}: no section is called [{s}]; {_nearest(s, self.sections)}")
-            if not isinstance(o, dict): raise ValueError(f"{where}: {s} = {o!r} stands alone; is it a key of a section? {self._home(s)}")
             for k,v in o.items():
                 if k not in self.sections[s]: raise ValueError(f"{where}: [{s}] has no key {k!r}; {_nearest(k, self.sections[s])}")
                 kind = self.sections[s][k]['type']
@@ -61,7 +61,7 @@ class Schema:
                 res[s][k] = v
         return {s:{k:_plain(v) for k,v in o.items()} for s,o in res.items()}
 
-    def _home(self, k): return next((f"{s}.{k} exists" for s,o in self.sections.items() if k in o), f"the sections are {', '.join(self.sections)}")
+    def _home(self, k): return next((f"does it belong to [{s}]?" for s,o in self.sections.items() if k in o), f"the sections are {', '.join(self.sections)}")
 
     def find(self, key:str)->tuple:
         "Section and name of `key`, which is 'section.key', or 'key' alone if one section only has it"

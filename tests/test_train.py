@@ -40,7 +40,7 @@ def test_killed_and_resumed(run, tmp_path):
     (tmp_path/'e.toml').write_text('')
     code = "import os,signal,sys\nfrom fastai.vision.all import Callback\nfrom lungdet.train import *\nfrom lungdet.config import read_config\n" \
            "class Die(Callback):\n    def after_batch(self):\n        if self.training and self.n_epoch==2 and self.epoch==1 and self.iter==1: os.kill(os.getpid(), signal.SIGKILL)\n" \
-           f"train(read_config(None, schema, {TINY!r}), sys.argv[1], [Die()])"
+           f"train(read_config(None, schema, {TINY!r}), sys.argv[1], cbs=[Die()])"
     env = os.environ|dict(PYTHONPATH=str(Path(__file__).parent.parent), PYTHONWARNINGS='ignore')
     res = subprocess.run([sys.executable,'-c',code,str(tmp_path/'k')], env=env, capture_output=True, text=True)
     assert res.returncode==-signal.SIGKILL, res.stderr[-2000:]
