@@ -1,9 +1,9 @@
-"""What scores in fastai's table cost: the share of an epoch that `DetectionScores` takes at the settings of chapter 10.
+"""What scores in fastai's table cost, the share of an epoch that `DetectionScores` takes at the settings of chapter 10; and what `check_learner` costs.
 
     OMP_NUM_THREADS=1 .venv/bin/python bench/monitor.py --epochs 3
     .venv/bin/python bench/monitor.py --epochs 0 --pictures 1000 5000
 
-Prints for each epoch its seconds, those spent on parts of the loss and decoding (after each validation batch) and on scores (after the last),
+Prints the seconds of `check_learner`, and for each epoch its seconds, those spent on parts of the loss and decoding (after each validation batch) and on scores (after the last),
 and their share; then seconds to score so many --pictures, a quarter with two lesions each, with 20 and with 100 detections on every picture."""
 import argparse, time, warnings
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np, pandas as pd
 from fastai.vision.all import Callback, GradientClip, set_seed
 from lungdet.all import *
 from lungdet.monitor import *
+from lungdet.checks import check_learner
 
 class Timed(DetectionScores):
     "`DetectionScores` that counts its seconds"
@@ -43,6 +44,8 @@ if args.epochs:
     dls = detection_dls(ann, size=args.size, bs=args.bs, cache=work_path('pictures'))
     set_seed(42)
     learn = retinanet_learner(dls, args.backbone, width=args.width, depth=args.depth, cbs=[GradientClip(1.),Timed(),Rows()])
+    t = time.perf_counter(); res = check_learner(learn)
+    print(f'check_learner: {time.perf_counter()-t:.1f} s, ok: {res.ok}')
     learn.unfreeze()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(args.epochs, slice(5e-4/20,5e-4))
 
