@@ -266,10 +266,10 @@ def _check_model(learn, model, loss, batch, lr, steps):
     model.zero_grad()
     return res+[check_overfit(overfit(model, loss, batch, learn.opt_func(groups, lr=lr), steps), lr)]
 
-# %% ../nbs/11b_checks.ipynb #0eb54880
+# %% ../nbs/11b_checks.ipynb #4f1207b6
 def check_learner(
     learn:Learner,   # A learner of `retinanet_learner`; it stays as it is
-    lr:float|None=None, # Rate to learn one batch with; that of `learn` if None
+    lr:float|slice|None=None, # Rate to learn one batch with; that of `learn` if None
     n:int=4,         # Images in that batch
     steps:int=120,   # Steps at most
     draw:bool=False  # Draw a training batch with its boxes?
@@ -277,6 +277,7 @@ def check_learner(
     "Ask what can be known of `learn` before it trains"
     if not hasattr(learn.loss_func,'terms'): raise ValueError(f"the loss is {learn.loss_func!r}, which has no parts; is this a learner of `retinanet_learner`?")
     dls,lr = learn.dls,learn.lr if lr is None else lr
+    if isinstance(lr, slice): lr = lr.stop # that of the heads
     with no_random():
         items,batch = some_images(dls, n)
         model,loss = deepcopy(learn.model).to(batch[0].device),deepcopy(learn.loss_func)
