@@ -183,7 +183,7 @@ def _prepare(folder):
     except OSError as e: raise ValueError(f"no checkpoint can be written to {folder}: {e.strerror}") from e
     for p in folder.glob('.epoch_*.tmp'): p.unlink()
 
-# %% ../nbs/11d_checkpoint.ipynb #d861541b
+# %% ../nbs/11d_checkpoint.ipynb #1ac48a85
 def _gather(o):
     "`o` of each process, in their order"
     res = [o]*_world()
@@ -210,8 +210,7 @@ class Checkpoint(Callback):
         state = dict(epoch=self.epoch, stopped=stopped, rows=self.rows, belongs=self.belongs, rng=dice, **run_state(self.learn))
         try: save_state(state, self.folder/f'epoch_{self.epoch:03}.safetensors')
         except (OSError, SafetensorError) as e: return print(f"epoch {self.epoch} has no checkpoint, writing failed: {e}. Training goes on.")
-        for p in checkpoints(self.folder):
-            if int(p.stem[6:])<=self.epoch-self.keep: p.unlink()
+        for p in [o for o in checkpoints(self.folder) if int(o.stem[6:])<=self.epoch][:-self.keep]: p.unlink()
 
 # %% ../nbs/11d_checkpoint.ipynb #5c83575e
 def newest_state(folder:str|Path)->tuple: # State and file

@@ -238,6 +238,16 @@ def test_as_many_files_as_asked_for(tmp_path, keep):
     fit(tiny(), Checkpoint(tmp_path/'c', keep=keep))
     assert [p.name for p in checkpoints(tmp_path/'c')]==[f'epoch_{i:03}.safetensors' for i in range(4)][-keep:]==[p.name for p in sorted((tmp_path/'c').iterdir())]
 
+def test_the_file_before_stays_when_one_is_missing(tmp_path, monkeypatch, capsys):
+    "Epoch 2 finds the disk full, epoch 3 does not: 1 and 3 are the newest two"
+    save = lungdet.checkpoint.save_state
+    def full(state, path):
+        if state['epoch']==2: raise OSError(errno.ENOSPC, 'No space left on device')
+        return save(state, path)
+    monkeypatch.setattr(lungdet.checkpoint, 'save_state', full)
+    fit(tiny(), Checkpoint(tmp_path/'c'))
+    assert [p.stem for p in checkpoints(tmp_path/'c')]==['epoch_001','epoch_003'] and 'No space left' in capsys.readouterr().out
+
 def test_order_of_the_files(tmp_path):
     for n in ('epoch_1000','epoch_999','epoch_best','epoch_'): (tmp_path/f'{n}.safetensors').touch()
     assert [p.stem for p in checkpoints(tmp_path)]==['epoch_999','epoch_1000'] and checkpoints(tmp_path/'none')==[]
