@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #ee2372bf
+# %% ../nbs/index.ipynb #c7878508
 from .core import *
 from .explore import *
 from .dicom import *
@@ -32,6 +32,17 @@ from .speed import *
 from .loss import *
 from .learner import *
 from .evaluate import *
+from .monitor import *
+from .checks import *
+from .average import *
+from .callbacks import *
+from .pretrain import *
+from .checkpoint import *
+from .distributed import *
+from .track import *
+from .config import *
+from .train import *
+from .study import *
 
 # %% ../nbs/index.ipynb #1c3ff1c7
 __all__ = [o for o in dir() if not o.startswith('_')] # `from lungdet.all import *` gives all of the above
