@@ -247,7 +247,7 @@ def main(argv=None)->int: # Exit code
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 
-# %% ../nbs/17a_train.ipynb #5adc517a
+# %% ../nbs/17a_train.ipynb #8d203834
 def evaluate_run(
     run:str|Path, # Folder of a finished run
     ann:Annotations|None=None, # Images to judge it on; those that it held back if None
@@ -268,7 +268,7 @@ def evaluate_run(
     save_report(report, Path(out or run)/'report.html', info)
     return report
 
-# %% ../nbs/17a_train.ipynb #e1e432a3
+# %% ../nbs/17a_train.ipynb #579cfdf7
 def main_evaluate(argv=None)->int: # Exit code
     "`lungdet-evaluate`"
     p = argparse.ArgumentParser('lungdet-evaluate', description="Judge a trained run: on the images it held back, or on an annotated folder.")
