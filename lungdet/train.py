@@ -6,9 +6,10 @@
 __all__ = ['label_formats', 'schema', 'experiments', 'load_images', 'fit_phases', 'build_learner', 'provenance',
            'headline_scores', 'train', 'evaluate_run']
 
-# %% ../nbs/17a_train.ipynb #26c791b6
+# %% ../nbs/17a_train.ipynb #828cd3b2
 import argparse, hashlib, importlib.metadata, json, platform, shutil, sys, time
 from contextlib import nullcontext
+from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt, pandas as pd, torch
 from pathlib import Path
 from fastai.vision.all import EarlyStoppingCallback, GradientClip, rank_distrib, set_seed
@@ -30,6 +31,7 @@ from .monitor import DetectionScores, history, plot_curves
 from .average import EMA, SWA
 from .callbacks import Accumulate, Precision, SaveBest, StopOnNonFinite
 from .pretrain import classify_first
+from .checks import check_learner
 from .checkpoint import Checkpoint
 from .distributed import first_alone, shared, start_processes
 from .track import Track
@@ -208,7 +210,7 @@ def _leave(learn, ann, table, cfg, folder, minutes):
     with atomic_path(folder/'scores.json') as p: p.write_text(json.dumps(scores, indent=1))
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
 
-# %% ../nbs/17a_train.ipynb #47fe9d7f
+# %% ../nbs/17a_train.ipynb #95a15b1e
 experiments = Path(__file__).parent/'experiments' if '__file__' in globals() else Path('../lungdet/experiments')
 
 def _config_file(name):
@@ -219,19 +221,20 @@ def _config_file(name):
 
 def _stop(command, work)->int:
     "Exit code of `work`; an error of the user is one line"
-    try: work(); return 0
+    try: return int(work() or 0)
     except KeyboardInterrupt: print(f"\nStopped. The same command goes on from the last epoch.", file=sys.stderr); return 130
     except (ValueError,OSError,RuntimeError,FloatingPointError) as e: print(f"{command}: {e}", file=sys.stderr); return 2
 
-# %% ../nbs/17a_train.ipynb #5513370a
+# %% ../nbs/17a_train.ipynb #51bbba18
 def main(argv=None)->int: # Exit code
     "`lungdet-train`"
     p = argparse.ArgumentParser('lungdet-train', description="Train the experiment that a TOML file describes. Run it again after an interruption: it goes on after the last whole epoch.",
-        epilog="Exit code: 0 trained, 2 it could not start or had to stop, 130 interrupted.")
+        epilog="Exit code: 0 trained, 1 --check found a mistake, 2 it could not start or had to stop, 130 interrupted.")
     p.add_argument('config', help="a TOML file, or the name of an experiment of lungdet")
     p.add_argument('changes', nargs='*', metavar='key=value', help="settings that overrule the file: key=value, or section.key=value")
     p.add_argument('--out', default='runs', help="folder of all runs (%(default)s)")
     p.add_argument('--name', help="folder of this run in it (that of the file, with the changes)")
+    p.add_argument('--check', action='store_true', help="look for mistakes in data, model and loss (chapter 11b) before a long run, and stop")
     p.add_argument('--keys', action='store_true', help="print all keys with their defaults, and stop")
     p.add_argument('--version', action='version', version=f'lungdet {__version__}')
     a = p.parse_args(argv)
@@ -240,10 +243,17 @@ def main(argv=None)->int: # Exit code
         file = _config_file(a.config)
         cfg = read_config(file, schema, a.changes)
         if a.keys: return print(_keys())
+        if a.check: return _check(cfg)
         folder = Path(a.out)/(a.name or '-'.join([file.stem,*(o.replace('/','_') for o in a.changes)]))
         scores = train(cfg, folder, 'bar' if sys.stdout.isatty() else 'table')
         if not rank_distrib(): print(f"{folder}: "+', '.join(f'{k} {v:.3f}' if isinstance(v,float) else f'{k} {v}' for k,v in scores.items()))
     return _stop('lungdet-train', work)
+
+def _check(cfg):
+    "1 if something is wrong with what `cfg` describes"
+    with TemporaryDirectory() as d: res = check_learner(build_learner(load_images(**cfg['data']), cfg, path=d), cfg['train']['lr'])
+    print(res)
+    return not res.ok
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from lungdet.config import read_config
 from lungdet.formats import Annotations
 from lungdet.train import *
+from lungdet.train import main, main_evaluate
 
 TINY = ['images=30','png_size=64','dls.size=64','dls.bs=8','backbone=resnet18','pretrained=false','width=16','depth=1','frozen=1','epochs=2','lr=1e-3']
 def cfg(*more): return read_config(None, schema, [*TINY,*more])
@@ -67,6 +68,9 @@ def test_commands(run, tmp_path, capsys):
     (tmp_path/'e.toml').write_text('\n'.join(['[data]','images = 30','png_size = 64','[dls]','size = 64','[model]','backbone = "resnet18"','pretrained = false','width = 16','depth = 1','[train]','frozen = 0']))
     assert main([str(tmp_path/'e.toml'),'epochs=1','--out',str(tmp_path),'--name','n'])==0
     assert 'AP50' in capsys.readouterr().out
+    assert main([str(tmp_path/'e.toml'),'--check']) in (0,1)
+    assert 'one batch by heart' in capsys.readouterr().out
+    assert main([str(tmp_path/'e.toml'),'--check','anchors.sizes=[[320.0],[640.0],[1280.0],[2000.0],[4000.0]]'])==1 and 'NO  anchors' in capsys.readouterr().out
     assert main_evaluate([str(tmp_path/'n')])==0 and (tmp_path/'n'/'report.html').stat().st_size>10_000
     Annotations.load(run[0]/'annotations').save(tmp_path/'other')
     assert main_evaluate([str(tmp_path/'n'),'format=saved',f'path={tmp_path/"other"}','--out',str(tmp_path/'r')])==0
