@@ -225,7 +225,7 @@ def _stop(command, work)->int:
     except KeyboardInterrupt: print(f"\nStopped. The same command goes on from the last epoch.", file=sys.stderr); return 130
     except (ValueError,OSError,RuntimeError,FloatingPointError) as e: print(f"{command}: {e}", file=sys.stderr); return 2
 
-# %% ../nbs/17a_train.ipynb #51bbba18
+# %% ../nbs/17a_train.ipynb #22e71eb8
 def main(argv=None)->int: # Exit code
     "`lungdet-train`"
     p = argparse.ArgumentParser('lungdet-train', description="Train the experiment that a TOML file describes. Run it again after an interruption: it goes on after the last whole epoch.",
@@ -237,7 +237,7 @@ def main(argv=None)->int: # Exit code
     p.add_argument('--check', action='store_true', help="look for mistakes in data, model and loss (chapter 11b) before a long run, and stop")
     p.add_argument('--keys', action='store_true', help="print all keys with their defaults, and stop")
     p.add_argument('--version', action='version', version=f'lungdet {__version__}')
-    a = p.parse_args(argv)
+    a = p.parse_intermixed_args(argv)
     def work():
         start_processes()
         file = _config_file(a.config)
@@ -278,14 +278,14 @@ def evaluate_run(
     save_report(report, Path(out or run)/'report.html', info)
     return report
 
-# %% ../nbs/17a_train.ipynb #579cfdf7
+# %% ../nbs/17a_train.ipynb #b52cc746
 def main_evaluate(argv=None)->int: # Exit code
     "`lungdet-evaluate`"
     p = argparse.ArgumentParser('lungdet-evaluate', description="Judge a trained run: on the images it held back, or on an annotated folder.")
     p.add_argument('run', help="folder of the run, as lungdet-train left it")
     p.add_argument('changes', nargs='*', metavar='key=value', help="keys of the section [data], such as format=coco path=labels.json; none for the images held back")
     p.add_argument('--out', help="folder of the report (that of the run)")
-    a = p.parse_args(argv)
+    a = p.parse_intermixed_args(argv)
     def work():
         ann = None
         if a.changes:
