@@ -54,7 +54,7 @@ def test_killed_and_resumed(run, tmp_path):
 def test_every_knob_turned(tmp_path):
     "Classification first, EMA, 16 bits, accumulation, ATSS, GIoU, BiFPN, group norm, other levels, mosaic, best epoch, early stopping"
     scores = train(cfg('classify=1','ema=.9','precision=bf16','accumulate=16','matcher=atss','box_loss=giou','neck=bifpn','norm=group','head_norm=group','levels=[4,5,6]',
-        'sizes=[[32.0,40.0],[64.0,80.0],[128.0,160.0]]','mosaic=.5','mixup=.2','best=true','patience=1','monitor=AUC','dls.mode=stack','spread=1'), tmp_path/'x')
+        'sizes=[[32.0,40.0],[64.0,80.0],[128.0,160.0]]','mosaic=.5','mixup=.2','best=true','patience=1','monitor=AUC','dls.mode=stack','spread=1','dls.size=96'), tmp_path/'x')
     assert 0<=scores['AUC']<=1 and (tmp_path/'x'/'best.safetensors').exists()
 
 @pytest.mark.parametrize('more,match', [(['format=rsnaa'],'is not one of'), (['share=0'],'must be above 0'), (['data.path=nowhere'],'nowhere'), (['box_loss=l3'],'box_loss is'), (['matcher=iou2'],'matcher is'), (['backbone=resnetty'],'no network is called')])
