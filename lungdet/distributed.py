@@ -6,10 +6,11 @@
 __all__ = ['even_batch', 'deal_batches', 'SharedDL', 'SharedLoss', 'Share', 'start_processes', 'n_processes', 'first_alone',
            'shared']
 
-# %% ../nbs/11e_distributed.ipynb #9cd2d82e
+# %% ../nbs/11e_distributed.ipynb #bb6c0e59
 import os, torch
 import torch.distributed as dist
 from contextlib import contextmanager
+from datetime import timedelta
 from fastai.vision.all import AvgLoss, find_bs
 from fastai.distributed import DistributedDL, DistributedTrainer
 
@@ -72,7 +73,7 @@ class SharedLoss(AvgLoss):
         dist.all_reduce(both)
         return both[0]/both[1]
 
-# %% ../nbs/11e_distributed.ipynb #be04670e
+# %% ../nbs/11e_distributed.ipynb #cd5b16de
 class Share(DistributedTrainer):
     "fastai's `DistributedTrainer` with the two above; batch norm uses the batch of its own process unless `sync_bn`, which needs GPUs"
     def __init__(self, sync_bn=False, **kwargs): super().__init__(sync_bn, cpu=not torch.cuda.is_available(), **kwargs)
@@ -96,7 +97,7 @@ def start_processes():
     "Join the other processes if `torchrun` started this one"
     if int(os.environ.get('WORLD_SIZE',1))<2 or dist.is_initialized(): return
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=timedelta(hours=6)) # the others wait while the first converts
 
 def n_processes()->int:
     "How many processes train together"

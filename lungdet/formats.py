@@ -147,13 +147,13 @@ def save(self:Annotations, folder:str|Path)->Path:
         with atomic_path(folder/name) as p: p.write_text(text)
     return folder
 
-# %% ../nbs/04_formats.ipynb #bbfcb2f1
+# %% ../nbs/04_formats.ipynb #81a6959f
 @patch(cls_method=True)
 def load(cls:Annotations, folder:str|Path)->Annotations:
     "Read what `save` wrote into `folder`"
     folder = Path(folder)
     if not (folder/'images.csv').exists(): raise ValueError(f"no images.csv in {folder}; was it written by Annotations.save?")
-    ids = dict(image_id=str, patient_id=str, birads=str, acr=str) # what looks like numbers and is none
+    ids = dict(image_id=str, patient_id=str, birads=str, acr=str, label=str) # what looks like numbers and is none
     return cls(pd.read_csv(folder/'images.csv', dtype=ids), pd.read_csv(folder/'boxes.csv', dtype=ids),
                json.loads((folder/'classes.json').read_text()))
 

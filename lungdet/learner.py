@@ -72,7 +72,7 @@ def _learner(dls, model, cfg, loss, **kwargs):
     learn.detector = cfg
     return learn
 
-# %% ../nbs/10_learner.ipynb #50b262eb
+# %% ../nbs/10_learner.ipynb #964b1679
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -84,11 +84,11 @@ def detect(
 )->pd.DataFrame: # One row per detection: `image_id`, corners in pixels of the original, `label`, `score`
     "Detections of `learn` on the images of `ann`"
     items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
-    dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.eval(),[]
+    dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[]
     def found(x): return [o[o[:,5]!=PAD] for o in postprocess(model(x), loss.anchors, loss.size, score_thr, nms_thr, **kwargs).cpu()]
     with torch.inference_mode():
         for x, in progress_bar(dl) if progress else dl:
-            out += [_both(a, b, loss.size[1], nms_thr) for a,b in zip(found(x),found(x.flip(-1)))] if flip else found(x)
+            out += [_both(a, b, loss.size[1], nms_thr)[:kwargs.get('max_det',100)] for a,b in zip(found(x),found(x.flip(-1)))] if flip else found(x)
     rows = [_rows(o, it, loss.size, learn.dls.classes) for o,it in zip(out,items)]
     return pd.concat(rows, ignore_index=True)
 
@@ -144,7 +144,7 @@ def load_detector(path:str|Path)->tuple: # The model, in evaluation mode, and it
     model.load_state_dict(state)
     return model.eval(),cfg
 
-# %% ../nbs/10_learner.ipynb #10e03f9c
+# %% ../nbs/10_learner.ipynb #8dd7b469
 def detector_learner(
     path:str|Path,   # What `save_detector` wrote
     ann:Annotations, # Images to look at, or to train on
@@ -156,6 +156,8 @@ def detector_learner(
     "The detector in a file as a learner on the images of `ann`"
     model,cfg = load_detector(path)
     if unknown := sorted(set(ann.classes)-set(cfg['classes'])): raise ValueError(f"{path} knows the classes {cfg['classes']}, the images have {unknown[0]!r} too; is it the detector of another data set?")
-    images = ann.images if 'split' in ann.images and ann.images.split.eq('train').any() else ann.images.assign(split='valid')
-    dls = detection_dls(Annotations(images, ann.boxes, cfg['classes']), cfg['size'], bs, cfg['mode'], cache=cache, stats=cfg['stats'], categories=cfg['categories'])
+    both = 'split' in ann.images and {'train','valid'}<=set(ann.images.split)
+    ann = Annotations(ann.images if both else ann.images.assign(split='valid'), ann.boxes, cfg['classes'])
+    known = cfg['categories'] if both else None # to look at pictures, nobody has to know theirs
+    dls = detection_dls(ann, cfg['size'], bs, cfg['mode'], cache=cache, stats=cfg['stats'], categories=known)
     return _learner(dls, model, cfg, loss, **{'opt_func':detector_adam, **kwargs})

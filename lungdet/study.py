@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['run_name', 'run_study', 'summary', 'plot_study']
 
-# %% ../nbs/17b_study.ipynb #c7008cdc
+# %% ../nbs/17b_study.ipynb #67776ee3
 import hashlib, json, matplotlib.pyplot as plt, pandas as pd
 from pathlib import Path
 from .core import PRED
-from .train import read_config, schema, train
+from .config import read_config
+from .train import config_file, schema, train
 
-# %% ../nbs/17b_study.ipynb #4cdac3d4
+# %% ../nbs/17b_study.ipynb #bb2e881b
 def run_name(cfg:dict)->str:
     "A name for the run of `cfg`, from those settings that are no defaults: a key that a later version adds does not change it"
     own = {s:{k:v for k,v in o.items() if v!=schema.sections[s][k]['default']} for s,o in cfg.items()}
@@ -19,7 +20,7 @@ def run_name(cfg:dict)->str:
 
 def run_study(
     variants:dict,  # For each name a list of changes 'key=value'; [] is the base
-    base=None,      # A TOML file, all defaults if None
+    base=None,      # A TOML file, or the name of an experiment of lungdet; all defaults if None
     changes=(),     # Changes that all have in common
     seeds=(0,1,2),  # One run of each variant with each
     out='runs'      # Folder of all runs
@@ -28,7 +29,7 @@ def run_study(
     rows = []
     for seed in seeds: # seed by seed, so that an unfinished study has whole rounds
         for name,own in variants.items():
-            cfg = read_config(base, schema, [*changes, *own, f'train.seed={seed}'])
+            cfg = read_config(base and config_file(base), schema, [*changes, *own, f'train.seed={seed}'])
             rows.append(dict(variant=name, seed=seed)|train(cfg, Path(out)/run_name(cfg)))
     return pd.DataFrame(rows)
 

@@ -11,10 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from fastai.vision.all import Callback, Recorder, rank_distrib
 
-# %% ../nbs/11f_track.ipynb #d1ddd270
+# %% ../nbs/11f_track.ipynb #c71779f0
 def _load(name, what):
     try: return import_module(name)
     except ImportError as e: raise ImportError(f"tracking with {what} needs a package that is not here ({e}); pip install 'lungdet[track]'") from e
+
+def _known(folder): return p.read_text() if (p := folder/'track.txt').exists() else None
+def _know(folder, run): (folder/'track.txt').write_text(run)
 
 def tensorboard(folder, config):
     "Event files in `folder`/tensorboard; look at them with `tensorboard --logdir runs`"
@@ -22,26 +25,29 @@ def tensorboard(folder, config):
     w.add_text('config', json.dumps(config, default=str))
     def log(numbers, step):
         for k,v in numbers.items(): w.add_scalar(k, v, step)
-    return log,w.close
+    return log,lambda ok: w.close()
 
 def wandb(folder, config):
     "Weights & Biases in `folder`/wandb, offline; `wandb sync` sends it, and with the environment's WANDB_MODE=online it is sent at once"
-    run = _load('wandb','wandb').init(project='lungdet', name=folder.name, dir=str(folder), config=config, mode=os.environ.get('WANDB_MODE','offline'))
-    return (lambda numbers,step: run.log(numbers, step=step)),run.finish
+    run = _load('wandb','wandb').init(project='lungdet', name=folder.name, dir=str(folder), config=config, mode=os.environ.get('WANDB_MODE','offline'), id=_known(folder), resume='allow')
+    _know(folder, run.id)
+    return (lambda numbers,step: run.log(numbers, step=step)),lambda ok: run.finish(exit_code=int(not ok))
 
 def mlflow(folder, config):
     "MLflow in `folder`/../mlflow.db, or where the environment's MLFLOW_TRACKING_URI says; look at it with `mlflow ui --backend-store-uri sqlite:///runs/mlflow.db`"
     client = _load('mlflow','mlflow').MlflowClient(os.environ.get('MLFLOW_TRACKING_URI') or f"sqlite:///{folder.resolve().parent/'mlflow.db'}")
-    exp = client.get_experiment_by_name('lungdet')
-    run = client.create_run(exp.experiment_id if exp else client.create_experiment('lungdet'), run_name=folder.name).info.run_id
-    for k,v in pd.json_normalize(config).iloc[0].items(): client.log_param(run, k, str(v)[:500])
+    exp,run = client.get_experiment_by_name('lungdet'),_known(folder)
+    if run is None:
+        run = client.create_run(exp.experiment_id if exp else client.create_experiment('lungdet'), run_name=folder.name).info.run_id
+        for k,v in (pd.json_normalize(config).iloc[0].items() if config else ()): client.log_param(run, k, str(v)[:500])
+        _know(folder, run)
     def log(numbers, step):
         for k,v in numbers.items(): client.log_metric(run, k, v, step=step)
-    return log,lambda: client.set_terminated(run)
+    return log,lambda ok: client.set_terminated(run, 'FINISHED' if ok else 'FAILED')
 
 trackers = dict(tensorboard=tensorboard, wandb=wandb, mlflow=mlflow)
 
-# %% ../nbs/11f_track.ipynb #8c73e790
+# %% ../nbs/11f_track.ipynb #cb949155
 class Track(Callback):
     "Write losses, rates and scores to a tracker of `trackers`"
     order = Recorder.order+1
@@ -52,8 +58,11 @@ class Track(Callback):
         every:int=10   # Batches from one training loss to the next
     ):
         if kind not in trackers: raise ValueError(f"tracker {kind!r} is not one of {list(trackers)}")
-        self.kind,self.folder,self.config,self.every,self.step,self.log = kind,Path(folder),config or {},every,0,None
+        self.kind,self.folder,self.config,self.every,self.step = kind,Path(folder),config or {},every,0
+        self.log,self.close = None,lambda ok=True: None
         if not rank_distrib(): self.log,self.close = trackers[kind](self.folder, self.config)
+    def state_dict(self): return dict(step=self.step)
+    def load_state_dict(self, d): self.step = d['step']
     def before_fit(self): self.run = self.log is not None and not hasattr(self.learn,'lr_finder') and not hasattr(self.learn,'gather_preds')
     def after_batch(self):
         if not self.training: return

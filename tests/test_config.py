@@ -22,13 +22,15 @@ def test_types(kind, good, bad):
     assert all(fits(o,kind) for o in good) and not any(fits(o,kind) for o in bad)
 
 @pytest.mark.parametrize('changes,match', [(['nn=1'],"no section has a key 'nn'; did you mean"), (['name=b'],'in several sections, one, two; write one.name'), (['one.n=1.5'],'one.n = 1.5 is of type float; it must be int'),
-    (['one.on=yes'],"one.on = 'yes' is of type str; it must be bool"), (['n'],"'n' is no key=value"), (['three.n=1'],r'no section is called \[three\]'), (['two.n=1'],r"\[two\] has no key 'n'")])
+    (['one.on=yes'],"one.on = 'yes' is of type str; it must be bool"), (['n'],"'n' is no key=value"), (['two.name='],"'two.name=': there is nothing behind"), (['three.n=1'],r'no section is called \[three\]'), (['two.n=1'],r"\[two\] has no key 'n'")])
 def test_changes_that_mean_nothing(changes, match):
     with pytest.raises(ValueError, match=match): read_config(None, schema, changes)
 
 def test_changes():
     cfg = read_config(None, schema, ['n=3','one.x=.25','two.name=none','one.maybe=1e-3','one.sizes=[[1,2],[3,4]]','one.more={a=1}'])
     assert cfg['one'] | dict(n=3,x=.25,maybe=.001,sizes=((1,2),(3,4)),more=dict(a=1))==cfg['one'] and cfg['two']['name']=='none' # a text cannot be None
+    assert [read_config(None, schema, [f'two.name={o}'])['two']['name'] for o in ('007','2024-01-01','"a b"','a b')]==['007','2024-01-01','a b','a b']
+    assert type(read_config(None, schema, ['one.x=1'])['one']['x']) is float and fits(('a',), list[str])
     assert read_config(None, schema, ['one.maybe=none'])['one']['maybe'] is None
 
 def test_files_that_are_none(tmp_path):

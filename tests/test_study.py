@@ -7,7 +7,7 @@ from lungdet.train import schema
 def test_names():
     a,b,c = (read_config(None, schema, o) for o in ([],['loss.gamma=2'],['loss.gamma=1']))
     assert run_name(a)==run_name(b)!=run_name(c)
-    a['loss']['gamma'],b['train']['seed'] = 1,5
+    a['loss']['gamma'],b['train']['seed'] = 1.,5
     assert run_name(a)==run_name(c)!=run_name(b)
 
 def test_differences_are_paired():

@@ -16,7 +16,7 @@ def run(tmp_path, kind):
         learn.fit(1, 1e-4, cbs=track); h = [history(learn).valid_loss[0]]
         learn.fit(1, 1e-4, cbs=track); h.append(history(learn).valid_loss[0]) # a second phase goes on counting
         learn.get_preds()
-    track.close()
+    track.close(True)
     return folder,h,len(learn.dls.train)*2
 
 def test_tensorboard(tmp_path):
@@ -47,3 +47,13 @@ def test_no_such_tracker_and_no_package(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='is not one of'): Track('excel', tmp_path)
     monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
     with pytest.raises(ImportError, match=r"pip install 'lungdet\[track\]'"): Track('wandb', tmp_path)
+
+def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch):
+    ml = pytest.importorskip('mlflow', reason='needs lungdet[track]')
+    monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
+    (folder := tmp_path/'r').mkdir()
+    one = Track('mlflow', folder); one.log(dict(x=1.), 1); one.close(False)
+    two = Track('mlflow', folder); two.load_state_dict(one.state_dict()); two.log(dict(x=2.), 2); two.close(True)
+    client = ml.MlflowClient(f"sqlite:///{tmp_path/'mlflow.db'}")
+    run, = client.search_runs([client.get_experiment_by_name('lungdet').experiment_id])
+    assert run.info.status=='FINISHED' and [o.value for o in client.get_metric_history(run.info.run_id,'x')]==[1.,2.]

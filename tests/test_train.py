@@ -8,7 +8,7 @@ from lungdet.formats import Annotations
 from lungdet.train import *
 from lungdet.train import main, main_evaluate
 
-TINY = ['images=30','png_size=64','dls.size=64','dls.bs=8','backbone=resnet18','pretrained=false','width=16','depth=1','frozen=1','epochs=2','lr=1e-3']
+TINY = ['images=30','png_size=64','dls.size=64','dls.bs=8','backbone=resnet18','pretrained=false','width=16','depth=1','frozen=0','epochs=3','lr=1e-3']
 def cfg(*more): return read_config(None, schema, [*TINY,*more])
 
 @pytest.fixture(scope='module')
@@ -20,7 +20,7 @@ def test_what_a_run_leaves(run):
     folder,scores = run
     assert {p.name for p in folder.iterdir()}=={'config.toml','split.json','metrics.csv','curves.png','detector.safetensors','predictions.csv','annotations','provenance.json','scores.json'}
     h = pd.read_csv(folder/'metrics.csv')
-    assert list(h.phase)==['frozen','all','all'] and {'train_loss','valid_loss','cls','box','rsna','AP50','AUC'}<=set(h)
+    assert list(h.phase)==['all']*3 and {'train_loss','valid_loss','cls','box','rsna','AP50','AUC'}<=set(h)
     assert read_config(folder/'config.toml', schema)==cfg()
     p = json.loads((folder/'provenance.json').read_text())
     assert p['torch'] and p['images']['valid']+p['images']['train']==len(Annotations.load(folder/'annotations')) and len(p['split'])==16
@@ -34,13 +34,13 @@ def test_same_seed_same_numbers_other_seed_others(run, tmp_path):
     assert (folder/'metrics.csv').read_bytes()==(tmp_path/'b'/'metrics.csv').read_bytes()
 
 def test_another_experiment_is_left_alone(run):
-    with pytest.raises(ValueError, match=r'holds another experiment: train.epochs was 2 and is 3'): train(cfg('epochs=3'), run[0])
+    with pytest.raises(ValueError, match=r'holds another experiment: train.epochs was 3 and is 4'): train(cfg('epochs=4'), run[0])
 
 def test_killed_and_resumed(run, tmp_path):
     "kill -9 in the middle of the last epoch; the second start gives the file of an undisturbed run"
     (tmp_path/'e.toml').write_text('')
     code = "import os,signal,sys\nfrom fastai.vision.all import Callback\nfrom lungdet.train import *\nfrom lungdet.config import read_config\n" \
-           "class Die(Callback):\n    def after_batch(self):\n        if self.training and self.n_epoch==2 and self.epoch==1 and self.iter==1: os.kill(os.getpid(), signal.SIGKILL)\n" \
+           "class Die(Callback):\n    def after_batch(self):\n        if self.training and self.epoch==1 and self.iter==1: os.kill(os.getpid(), signal.SIGKILL)\n" \
            f"train(read_config(None, schema, {TINY!r}), sys.argv[1], cbs=[Die()])"
     env = os.environ|dict(PYTHONPATH=str(Path(__file__).parent.parent), PYTHONWARNINGS='ignore')
     res = subprocess.run([sys.executable,'-c',code,str(tmp_path/'k')], env=env, capture_output=True, text=True)
@@ -53,11 +53,11 @@ def test_killed_and_resumed(run, tmp_path):
 
 def test_every_knob_turned(tmp_path):
     "Classification first, EMA, 16 bits, accumulation, ATSS, GIoU, BiFPN, group norm, other levels, mosaic, best epoch, early stopping"
-    scores = train(cfg('classify=1','ema=.9','precision=bf16','accumulate=16','matcher=atss','box_loss=giou','neck=bifpn','norm=group','head_norm=group','levels=[4,5,6]',
+    scores = train(cfg('classify=1','frozen=1','ema=.9','precision=bf16','accumulate=16','matcher=atss','box_loss=giou','neck=bifpn','norm=group','head_norm=group','levels=[4,5,6]',
         'sizes=[[32.0,40.0],[64.0,80.0],[128.0,160.0]]','mosaic=.5','mixup=.2','best=true','patience=1','monitor=AUC','dls.mode=stack','spread=1','dls.size=96'), tmp_path/'x')
     assert 0<=scores['AUC']<=1 and (tmp_path/'x'/'best.safetensors').exists()
 
-@pytest.mark.parametrize('more,match', [(['format=rsnaa'],'is not one of'), (['share=0'],'must be above 0'), (['data.path=nowhere'],'nowhere'), (['box_loss=l3'],'box_loss is'), (['matcher=iou2'],'matcher is'), (['backbone=resnetty'],'no network is called')])
+@pytest.mark.parametrize('more,match', [(['format=rsnaa'],'is not one of'), (['share=0'],'must be above 0'), (['data.path=nowhere'],'nowhere'), (['box_loss=l3'],'box_loss is'), (['matcher=iou2'],'matcher is'), (['backbone=resnetty'],'no network is called'), (['monitor=auc'],'is no column'), (['frozen=1'],'has learnt nothing'), (['track=excel'],'is not one of'), (['format=coco'],'needs a path')])
 def test_settings_that_cannot_be(tmp_path, more, match):
     with pytest.raises(ValueError, match=match): train(cfg(*more), tmp_path/'x')
     assert not (tmp_path/'x'/'scores.json').exists()
