@@ -155,7 +155,7 @@ class DetectionDatasets(Datasets):
     "fastai's `Datasets` that make `DetectionDataLoaders`"
     _dbunch_type = DetectionDataLoaders
 
-# %% ../nbs/05_data.ipynb #c5626922
+# %% ../nbs/05_data.ipynb #21b0588b
 def detection_dls(
     ann:Annotations, # Images with a `split`; 'train' and 'valid' are used; if all are 'valid', for both parts, to judge a model
     size:int=256, # Side of the square pictures in pixels
@@ -171,7 +171,7 @@ def detection_dls(
 )->DataLoaders:   # Batches of pictures (N,C,size,size), boxes (N,M,4) in pixels, labels (N,M), and (N,) of `categories`; with `ann`, `classes`, `c`, `size` ...
     "fastai DataLoaders of pictures and their boxes, negatives included"
     if not len(ann): raise ValueError("there are no images to load; is the data set empty?")
-    parts = [ann.part(s).images.to_dict('records') for s in (('valid','valid') if ann.images.split.eq('valid').all() else ('train','valid'))]
+    parts = [ann.part(s).images.to_dict('records') for s in (('valid','valid') if set(ann.images.split)=={'valid'} else ('train','valid'))]
     cut,items = len(parts[0]),parts[0]+parts[1]
     if cache is not None: cache = PictureCache([*dict.fromkeys(o['path'] for o in items)], cache, size, 'gray' if mode=='repeat' else mode)
     keeps = 'scale_x' in ann.images and ann.images.scale_x.notna().any()
