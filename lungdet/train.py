@@ -7,8 +7,8 @@ __all__ = ['label_formats', 'OF_LEARNER', 'schema', 'experiments', 'read_images'
            'roll_dice', 'build_learner', 'check_values', 'provenance', 'headline_scores', 'train', 'config_file',
            'evaluate_run']
 
-# %% ../nbs/17a_train.ipynb #5ba6b4df
-import argparse, hashlib, importlib.metadata, json, platform, shutil, sys, time
+# %% ../nbs/17a_train.ipynb #b027c0b2
+import argparse, hashlib, importlib.metadata, json, platform, re, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -291,7 +291,7 @@ def _stop(command, work)->int:
     except KeyboardInterrupt: print(f"\nStopped. The same command goes on from the last epoch.", file=sys.stderr); return 130
     except (ValueError,OSError,RuntimeError,FloatingPointError,ImportError,SafetensorError) as e: print(f"{command}: {e}", file=sys.stderr); return 2
 
-# %% ../nbs/17a_train.ipynb #8a2c68e7
+# %% ../nbs/17a_train.ipynb #23f20fe2
 def main(argv=None)->int: # Exit code
     "`lungdet-train`"
     p = argparse.ArgumentParser('lungdet-train', description="Train the experiment that a TOML file describes. Run it again after an interruption: it goes on after the last whole epoch.",
@@ -310,7 +310,7 @@ def main(argv=None)->int: # Exit code
         file = config_file(a.config)
         cfg = read_config(file, schema, a.changes)
         if a.check: return _check(cfg)
-        folder = Path(a.out)/(a.name or '-'.join([file.stem,*(o.replace('/','_') for o in a.changes)]))
+        folder = Path(a.out)/(a.name or re.sub(r'[^\w.=,+-]+', '_', '-'.join([file.stem,*a.changes]))[:100])
         scores = train(cfg, folder, 'bar' if sys.stdout.isatty() else 'table')
         if not rank_distrib(): print(f"{folder}: "+', '.join(f'{k} {v:.3f}' if isinstance(v,float) else f'{k} {v}' for k,v in scores.items()))
     return _stop('lungdet-train', work)
