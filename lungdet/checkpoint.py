@@ -183,7 +183,7 @@ def _prepare(folder):
     except OSError as e: raise ValueError(f"no checkpoint can be written to {folder}: {e.strerror}") from e
     for p in folder.glob('.epoch_*.tmp'): p.unlink()
 
-# %% ../nbs/11d_checkpoint.ipynb #1ac48a85
+# %% ../nbs/11d_checkpoint.ipynb #e8ec68df
 def _gather(o):
     "`o` of each process, in their order"
     res = [o]*_world()
@@ -209,21 +209,21 @@ class Checkpoint(Callback):
         if rank_distrib(): return
         state = dict(epoch=self.epoch, stopped=stopped, rows=self.rows, belongs=self.belongs, rng=dice, **run_state(self.learn))
         try: save_state(state, self.folder/f'epoch_{self.epoch:03}.safetensors')
-        except (OSError, SafetensorError) as e: return print(f"epoch {self.epoch} has no checkpoint, writing failed: {e}. Training goes on.")
+        except (OSError, SafetensorError) as e: return print(f"epoch {self.epoch} has no checkpoint, writing failed: {e}. Training goes on.", flush=True)
         for p in [o for o in checkpoints(self.folder) if int(o.stem[6:])<=self.epoch][:-self.keep]: p.unlink()
 
-# %% ../nbs/11d_checkpoint.ipynb #5c83575e
+# %% ../nbs/11d_checkpoint.ipynb #f7610666
 def newest_state(folder:str|Path)->tuple: # State and file
     "What the newest checkpoint in `folder` holds that can be read; those that cannot are reported"
     bad = []
     for p in checkpoints(folder)[::-1]:
         try: state = load_state(p)
         except ValueError as e: bad.append(str(e)); continue
-        if bad and not rank_distrib(): print(*bad, f"going back to {p.name}", sep='; ')
+        if bad and not rank_distrib(): print(*bad, f"going back to {p.name}", sep="; ", flush=True)
         return state,p
     raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(bad)}. To begin anew, delete the folder")
 
-# %% ../nbs/11d_checkpoint.ipynb #220c57c8
+# %% ../nbs/11d_checkpoint.ipynb #0f9e9589
 @patch
 def find(self:Checkpoint):
     "Read the newest checkpoint, if it belongs to this run, and put the other callbacks to sleep"
@@ -234,7 +234,7 @@ def find(self:Checkpoint):
     self.asleep = [(cb,cb.run) for cb in self.learn.cbs if cb is not self and not isinstance(cb, ProgressCallback)] # the bar goes on
     for cb,_ in self.asleep: cb.run = False
     end = ', then it was stopped' if self.found['stopped'] else ''
-    if not rank_distrib(): print(f"{path.name}: {self.found['epoch']+1} of {self.n_epoch} epochs are done{end}")
+    if not rank_distrib(): print(f"{path.name}: {self.found['epoch']+1} of {self.n_epoch} epochs are done{end}", flush=True)
 
 @patch
 def before_fit(self:Checkpoint):
