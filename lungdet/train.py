@@ -204,7 +204,7 @@ def headline_scores(ann:Annotations, preds:pd.DataFrame)->dict:
     coco = coco_map(ann, preds)
     return dict(AP50=float(coco.AP50), AP=float(coco.AP), rsna=float(rsna), threshold=float(thr), AUC=float(image_level(ann, preds)['AUC']), images=len(ann), boxes=len(ann.boxes))
 
-# %% ../nbs/17a_train.ipynb #61cc28fa
+# %% ../nbs/17a_train.ipynb #c65387e1
 def train(
     cfg:dict,       # All settings, as `read_config` gives them
     folder:str|Path,# Of this run; made if need be
@@ -225,6 +225,7 @@ def train(
         ann = first_alone(lambda: _prepare(cfg, folder, begun))
         return _train(cfg, folder, ann, show, cbs)
 
+# %% ../nbs/17a_train.ipynb #22e68624
 @contextmanager
 def _alone(folder):
     "Within this block no other program trains in `folder`"
@@ -234,6 +235,15 @@ def _alone(folder):
         with FileLock(folder/'checkpoints'/'lock', timeout=0): yield
     except Timeout: raise ValueError(f"another program is training in {folder}; wait for it, or take another name") from None
 
+def _prepare(cfg, folder, begun):
+    "The images of a run, and a folder that says which they are"
+    ann = load_images(**cfg['data'])
+    if begun: return load_split(ann, folder/'split.json')
+    save_split(ann, folder/'split.json')
+    write_config(cfg, folder/'config.toml')
+    return ann
+
+# %% ../nbs/17a_train.ipynb #7aa38254
 def _train(cfg, folder, ann, show, cbs):
     "What `train` does once the folder is its own"
     set_seed(cfg['train']['seed'], reproducible=True)
@@ -252,21 +262,13 @@ def _rows(learn):
         print(' '.join(f'{o:10.4f}' if isinstance(o,float) else f'{o:>10}' for o in row), flush=True)
     return log
 
-def _prepare(cfg, folder, begun):
-    "The images of a run, and a folder that says which they are"
-    ann = load_images(**cfg['data'])
-    if begun: return load_split(ann, folder/'split.json')
-    save_split(ann, folder/'split.json')
-    write_config(cfg, folder/'config.toml')
-    return ann
-
-# %% ../nbs/17a_train.ipynb #2a10e609
+# %% ../nbs/17a_train.ipynb #f53dd819
 def _leave(learn, ann, table, cfg, folder, minutes):
     "Write what came of a run"
     plot_curves(table.drop(columns=['epoch','phase']), best=cfg['train']['monitor'])
     with atomic_path(folder/'curves.png') as p: plt.savefig(p, format='png', dpi=120)
     plt.close()
-    if (folder/'best.safetensors').exists(): learn.model.load_state_dict(load_weights(folder/'best.safetensors')[0])
+    if cfg['train']['best'] and (folder/'best.safetensors').exists(): learn.model.load_state_dict(load_weights(folder/'best.safetensors')[0])
     save_detector(learn, folder/'detector.safetensors')
     valid,preds = ann.part('valid'),detect(learn)
     with atomic_path(folder/'predictions.csv') as p: preds.to_csv(p, index=False)
