@@ -43,6 +43,7 @@ class _Local(torch.autograd.Function):
         xw,gw = (x,g) if whole else (torch.stack([o[a] for a in at]).contiguous(memory_format=torch.channels_last) for o in (x,g))
         dx,dw,db = torch.ops.aten.convolution_backward(gw, xw, w, [len(w)], [1,1], [1,1], [1,1], False, [0,0], 1, [*ctx.needs_input_grad[:2],ctx.bias])
         if whole or dx is None: return dx,dw,db
+        del xw,gw # before there is another map of that size
         full = torch.zeros_like(x)
         for a,d in zip(at, dx): full[a] = d
         return full,dw,db
