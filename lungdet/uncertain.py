@@ -132,7 +132,7 @@ def weighted_ap(
     reached = np.searchsorted(RECALLS, ratio(tp,n), side='right')                  # how many of the recalls
     return np.where(n[:,0]>0, (best*np.diff(reached, prepend=0, axis=1)).sum(1)/len(RECALLS), np.nan)
 
-# %% ../nbs/11i_uncertain.ipynb #44e9124b
+# %% ../nbs/11i_uncertain.ipynb #9a4f0e67
 def weighted_froc(
     w:np.ndarray,       # Weights of the images, (R,N)
     img:np.ndarray,     # Image of each prediction, in falling score, (P,)
@@ -144,8 +144,9 @@ def weighted_froc(
     "Mean sensitivity for lesions at `rates`, for each row of `w`"
     end,drawn = last_of_equals(score),w[:,img]
     tp,fp = (np.cumsum(drawn*o, 1)[:,end] for o in (right,~right))                 # (R,U)
-    found = [(tp*(fp<=r*w.sum(1)[:,None])).max(1, initial=0) for r in rates]       # `tp` never falls
-    return ratio(np.mean(found, 0), w@lesions)
+    far = np.stack([(fp<=r*w.sum(1)[:,None]).sum(1) for r in rates], 1)            # (R,7), how far down the list is affordable
+    found = np.take_along_axis(np.pad(tp, ((0,0),(1,0))), far, 1)
+    return ratio(found.mean(1), w@lesions)
 
 # %% ../nbs/11i_uncertain.ipynb #92e451ae
 IMAGE_FIGURES = ['RSNA','AUC','sensitivity','specificity','PPV','NPV']
