@@ -36,7 +36,7 @@ def ratio(a, b)->np.ndarray: # NaN where `b` is 0
     "`a` over `b`, undefined where nothing is counted"
     return np.divide(a, b, out=np.full(np.broadcast_shapes(np.shape(a),np.shape(b)), np.nan), where=np.asarray(b)>0)
 
-# %% ../nbs/11i_uncertain.ipynb #18e2bf01
+# %% ../nbs/11i_uncertain.ipynb #4a26810c
 def summarise(
     value,            # The figures on all images, (F,)
     res:pd.DataFrame, # The same on resamples, (R,F), NaN where undefined
@@ -45,7 +45,8 @@ def summarise(
     "Percentile intervals of the columns of `res`"
     if not 0<level<1: raise ValueError(f"a level of {level}; it is a share of the resamples, such as .95")
     lo,hi = (res.quantile(q) for q in ((1-level)/2,(1+level)/2))
-    return pd.DataFrame(dict(value=np.asarray(value, dtype=float), lo=lo.to_numpy(), hi=hi.to_numpy(), n=res.notna().sum().to_numpy()), index=res.columns)
+    cols = dict(value=value, lo=lo, hi=hi, n=res.notna().sum())
+    return pd.DataFrame({k:np.asarray(o) for k,o in cols.items()}, index=res.columns).astype({'value':float})
 
 # %% ../nbs/11i_uncertain.ipynb #cba81fe3
 def bootstrap_ci(
@@ -67,8 +68,12 @@ def bootstrap_ci(
         res += [*(ratio(w@total, w@count) if stat is None else [stat(values[np.repeat(rows,o)]) for o in w.astype(int)])]
     return tuple(summarise([np.nan], pd.DataFrame({'stat':np.array(res, dtype=float)}), level)[['lo','hi']].to_numpy()[0].tolist())
 
-# %% ../nbs/11i_uncertain.ipynb #b65d83aa
-def image_sums(ann:Annotations, preds:pd.DataFrame, threshold:float)->dict: # Name: what each image adds above and below the line, (N,), (N,)
+# %% ../nbs/11i_uncertain.ipynb #d39eced5
+def image_sums(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions
+    threshold:float     # Score threshold of what is shown
+)->dict:                # Name: what each image adds above and below the line, (N,), (N,)
     "The image-level figures of `preds` at `threshold` that are a ratio of sums over images"
     pos,each = (lesion_counts(ann)>0).to_numpy(),rsna_score(ann, preds, threshold, per_image=True).to_numpy()
     called = ann.images.image_id.isin(preds.image_id[preds.score>=threshold]).to_numpy()
@@ -94,9 +99,14 @@ def outcomes(
     order = np.argsort(-p.score.to_numpy(), kind='stable')                                    # equals stay in the order of the images
     return p.drop(columns='_counts').iloc[order].reset_index(drop=True),res[order]
 
-# %% ../nbs/11i_uncertain.ipynb #cb7f3fd9
-def box_sums(img:np.ndarray, outcome:np.ndarray, kept:np.ndarray, lesions:np.ndarray)->dict: # Name: what each image adds above and below the line
-    "Precision, recall and F1 of the predictions `kept`, of which `img` (P,) and `outcome` (P,) are known; `lesions` of each image, (N,)"
+# %% ../nbs/11i_uncertain.ipynb #ff369153
+def box_sums(
+    img:np.ndarray,     # Image of each prediction, (P,)
+    outcome:np.ndarray, # 1 right, 0 wrong, -1 neither, (P,)
+    kept:np.ndarray,    # Is it above the threshold? (P,)
+    lesions:np.ndarray  # Of each image, (N,)
+)->dict:                # Name: what each image adds above and below the line, (N,), (N,)
+    "Precision, recall and F1 of the predictions that are `kept`"
     tp,fp = (np.bincount(img[kept&(outcome==o)], minlength=len(lesions)) for o in (1,0))
     return {'precision':(tp,tp+fp), 'recall':(tp,lesions), 'F1':(2*tp,tp+fp+lesions)}
 
@@ -170,7 +180,7 @@ def _coco_ap(w, classes, n_ious):
     each = np.array([weighted_ap(w, img, right, lesions) for lesions,rows in classes for img,right in rows[:n_ious]]) # (K*T,R)
     return ratio(np.nansum(each, 0), (~np.isnan(each)).sum(0))
 
-# %% ../nbs/11i_uncertain.ipynb #33981570
+# %% ../nbs/11i_uncertain.ipynb #4f07a84f
 class Figures:
     "The figures of one model on `ann`, as a function of how often each image counts"
     def __init__(self,
@@ -193,7 +203,8 @@ class Figures:
         known = res>=0
         pos,suspicion = (lesion_counts(ann)>0).to_numpy(),image_scores(ann, preds).to_numpy()
         self.sums = {**image_sums(ann, preds, threshold), **box_sums(img, res, score>=threshold, lesions)}
-        self.curves = {'AUC':lambda w: weighted_auc(w, pos, suspicion), 'AP50':lambda w: _coco_ap(w, classes, 1), 'AP':lambda w: _coco_ap(w, classes, 10),
+        self.curves = {'AUC':lambda w: weighted_auc(w, pos, suspicion),
+                       'AP50':lambda w: _coco_ap(w, classes, 1), 'AP':lambda w: _coco_ap(w, classes, 10),
                        'FROC':lambda w: weighted_froc(w, img[known], res[known]==1, score[known], lesions),
                        'F1':lambda w: np.where(w@lesions>0, self._ratio('F1',w), np.nan)} # as in chapter 11, undefined without a lesion
     def _ratio(self, k, w): return ratio(*(w@np.asarray(o, dtype=float) for o in self.sums[k]))
@@ -301,7 +312,7 @@ def _parts(ann, preds, by, ages, sizes):
         m = (mine==name).to_numpy()
         yield name,ann,preds,dict(mine=m, counts=(counts==name).to_numpy()),ann.images.image_id.isin(ann.boxes.image_id[m]).to_numpy()
 
-# %% ../nbs/11i_uncertain.ipynb #51e5f75e
+# %% ../nbs/11i_uncertain.ipynb #e86c90fa
 def subgroups(
     ann:Annotations,        # The truth
     preds:pd.DataFrame,     # Predictions
@@ -313,7 +324,7 @@ def subgroups(
     n:int=1000,             # Resamples
     level:float=.95,        # Share of resamples within the interval
     seed:int=42             # Which resamples
-)->pd.DataFrame:            # `by`, `group`, `figure`, `value`, `lo`, `hi`, `n` resamples; `images`, `patients`, `positives`, `boxes`; `note`
+)->pd.DataFrame:            # `by`, `group`, `figure`, `value`, `lo`, `hi`, `n` resamples; numbers of `images`, ..., `boxes`; `note`
     "The `figures` for everybody and each group, with intervals over its patients, and a note where there are too few of them"
     preds,whole = check_predictions(ann, preds),('everybody',ann,preds,{},lesion_counts(ann).to_numpy()>0)
     parts = [('all',whole), *((b,o) for b in ([by] if isinstance(by,str) else by) for o in _parts(ann, preds, b, ages, sizes))]
@@ -326,7 +337,7 @@ def subgroups(
         res.append(t.assign(by=b, group=name, boxes=int(kw['mine'].sum()) if kw else len(sub.boxes), **info|dict(note=note)))
     return pd.concat(res, ignore_index=True)[['by','group','figure','value','lo','hi','n','images','patients','positives','boxes','note']]
 
-# %% ../nbs/11i_uncertain.ipynb #3b8c7b11
+# %% ../nbs/11i_uncertain.ipynb #282c24d2
 def plot_subgroups(
     table:pd.DataFrame,    # What `subgroups` gave
     figure:str='recall',   # Which of its figures
@@ -341,5 +352,6 @@ def plot_subgroups(
     for v in t.value[t.by=='all']: ax.axvline(v, color=TRUTH, lw=1, zorder=0)
     for y in np.nonzero(t.by!=t.by.shift())[0][1:]: ax.axhline(y-.5, color=MUTED, lw=.4)
     names = [g if b=='all' else f'{b} {g}' for b,g in zip(t.by,t.group)]
-    ax.set(yticks=t.index, yticklabels=[f'{o}  (n {i}, boxes {k})' for o,i,k in zip(names,t.images,t.boxes)], xlabel=figure, ylim=(len(t)-.5,-.5))
+    names = [f'{o}  (n {i}, boxes {k})' for o,i,k in zip(names,t.images,t.boxes)]
+    ax.set(yticks=t.index, yticklabels=names, xlabel=figure, ylim=(len(t)-.5,-.5))
     return ax
