@@ -207,7 +207,7 @@ def detector(ann, fault, seed=0):
     if fault=='wrong class': return b.assign(label=b.label.mask(some, b.label.map(dict(zip(CLASSES,CLASSES[::-1])))))
     if fault=='duplicate': return pd.concat([b[some].assign(score=.97), b])
     group = next(k for k,v in FALSE_POSITIVES.items() if v==fault)
-    ids = image_groups(ann); ids = ids.index[ids==group]
+    ids = image_kinds(ann); ids = ids.index[ids==group]
     return pd.concat([b, pd.DataFrame(dict(image_id=ids, x1=700., y1=700., x2=900., y2=900., label=CLASSES[0], score=.97))])
 
 def one_fault_set(seed=0):
