@@ -30,13 +30,13 @@ def slow_iou(a, b):
 def slow_image(gt, preds, strict):
     if not gt and not preds: return None
     if not gt or not preds: return 0.
-    total = 0.
+    total,overlap = 0.,[[slow_iou(p,g) for g in gt] for p in preds]
     for thr in (.4,.45,.5,.55,.6,.65,.7,.75):
         taken,tp,fp = set(),0,0
-        for p in preds:
+        for o in overlap:
             best,at = -1.,None
-            for k,g in enumerate(gt):
-                if k not in taken and slow_iou(p,g)>best: best,at = slow_iou(p,g),k
+            for k in range(len(gt)):
+                if k not in taken and o[k]>best: best,at = o[k],k
             if at is not None and (best>thr if strict else best>=thr): tp += 1; taken.add(at)
             else: fp += 1
         total += tp/(tp+fp+len(gt)-len(taken))
@@ -108,12 +108,33 @@ def test_rsna_threshold_keeps_equal_scores():
 
 @pytest.mark.parametrize('strict', [True,False])
 def test_rsna_equals_slow_version(strict):
-    for seed in range(400):
+    for seed in range(100):
         ann,p = random_case(seed)
         for t in (0.,.4): assert rsna_score(ann,p,t,strict)==pytest.approx(slow_rsna(ann,p,t,strict), abs=1e-12, nan_ok=True), seed
 
+@pytest.mark.parametrize('strict', [True,False])
+def test_rsna_equals_slow_version_on_2000_images(strict):
+    "Every image is a case: few coordinates, so that overlaps tie; two or six scores on half of the images, so that confidences do; every fifth is crowded"
+    rng,n = np.random.default_rng(1),2000
+    step,kind = rng.choice([10,20,33],n),np.arange(n)%5
+    def table(mean):
+        i = np.repeat(np.arange(n), rng.poisson(np.where(kind==4, 4*mean, mean)))
+        xy,wh = rng.integers(0,6,(2,len(i),2))*step[i,None]
+        return i,pd.DataFrame(np.concatenate([xy,xy+wh+step[i,None]],1).astype(float), columns=XYXY).assign(image_id=i.astype(str), label=L)
+    (_,boxes),(i,p) = table(1.2),table(3)
+    p['score'] = np.select([kind[i]==4,kind[i]>1], [rng.integers(0,2,len(p))/2,rng.integers(0,6,len(p))/5], rng.random(len(p)))
+    ann = Annotations(pd.DataFrame({'image_id':np.arange(n).astype(str), 'height':1024, 'width':1024}), boxes, [L])
+    p = p.sample(frac=1, random_state=0)
+    gt,found = {},{}
+    for k,*b in boxes[['image_id',*XYXY]].itertuples(index=False): gt.setdefault(k,[]).append(b)
+    for k,s,*b in p[['image_id','score',*XYXY]].itertuples(index=False): found.setdefault(k,[]).append((-s,b))
+    want = [slow_image(gt.get(k,[]), [b for _,b in sorted(found.get(k,[]), key=lambda o: o[0])], strict) for k in ann.images.image_id]
+    want = np.array(want, dtype=float)
+    assert np.allclose(rsna_score(ann, p, strict=strict, per_image=True), want, rtol=0, atol=1e-12, equal_nan=True)
+    assert abs(rsna_score(ann, p, strict=strict)-np.nanmean(want))<1e-12 and abs(rsna_score(ann, p, strict=not strict)-np.nanmean(want))>1e-3
+
 def test_sweep_equals_scores_one_by_one():
-    for seed in range(150):
+    for seed in range(60):
         ann,p = random_case(seed)
         sweep = threshold_sweep(ann, p)
         assert list(sweep.threshold)==sorted(p.score.unique(), reverse=True)
@@ -147,6 +168,16 @@ def real(challenge_labels):
     boxes = pd.DataFrame(dict(image_id=b.patientId, x1=b.x, y1=b.y, x2=b.x+b.width, y2=b.y+b.height, label=L))
     images = pd.DataFrame({'image_id':df.patientId.unique(), 'height':1024, 'width':1024})
     return Annotations(images, boxes, [L])
+
+def simulated(ann, invent, seed=0):
+    "A box near four of five true ones, and `invent` per image anywhere"
+    rng = np.random.default_rng(seed)
+    hit = ann.boxes[rng.random(len(ann.boxes))<.8]
+    t,n = hit[XYXY].to_numpy(),int(invent*len(ann))
+    xy = rng.uniform(0,700,(n,2))
+    b = np.concatenate([t+rng.normal(0,.1,t.shape)*np.tile(t[:,2:]-t[:,:2],2), np.concatenate([xy,xy+rng.uniform(80,320,(n,2))],1)]).clip(0,1024)
+    df = pd.DataFrame(b, columns=XYXY).assign(image_id=[*hit.image_id,*rng.choice(ann.images.image_id.to_numpy(),n)], label=L, score=np.r_[rng.beta(5,2,len(t)),rng.beta(2,5,n)])
+    return df.sample(frac=1, random_state=seed, ignore_index=True)
 
 def test_real_label_facts(real):
     n = lesion_counts(real)
@@ -188,37 +219,103 @@ def test_real_size_runs_through_everything(real):
     assert 0<froc(real,p)['mean']<1 and 0<coco_map(real,p).AP50<1
 
 # ---------- COCO ----------
-def pycoco(ann, preds):
+COCO12 = ['AP','AP50','AP75','AP_small','AP_medium','AP_large','AR1','AR10','AR','AR_small','AR_medium','AR_large'] # the order of COCO's own summary
+
+def pycoco(ann, preds, areas=COCO_AREAS, label=None):
+    "COCO's own code, on tables put in the order that `coco_map` promises; one class if `label`"
     import contextlib, io
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    num = {o:i+1 for i,o in enumerate(ann.images.image_id)}
+    num = {o:i+1 for i,o in enumerate(sorted(ann.images.image_id))}
     def rows(df): return [dict(id=k+1, image_id=num[r['image_id']], category_id=ann.classes.index(r['label'])+1, iscrowd=0, score=r.get('score'),
-        bbox=[r['x1'],r['y1'],r['x2']-r['x1'],r['y2']-r['y1']], area=(r['x2']-r['x1'])*(r['y2']-r['y1'])) for k,r in enumerate(df.to_dict('records'))]
+        bbox=[r['x1'],r['y1'],r['x2']-r['x1'],r['y2']-r['y1']], area=(r['x2']-r['x1'])*(r['y2']-r['y1'])) for k,r in enumerate(df.sort_values(XYXY).to_dict('records'))]
     with contextlib.redirect_stdout(io.StringIO()):
-        gt = COCO(); gt.dataset = dict(images=[dict(id=i) for i in num.values()], annotations=rows(ann.boxes), categories=[dict(id=i+1,name=c) for i,c in enumerate(ann.classes)])
-        gt.createIndex()
-        ev = COCOeval(gt, gt.loadRes(rows(preds)), 'bbox'); ev.evaluate(); ev.accumulate(); ev.summarize()
-    return pd.Series(ev.stats[[0,1,2,8]]).replace(-1,np.nan).to_numpy()
+        head = dict(images=[dict(id=i) for i in num.values()], categories=[dict(id=i+1,name=c) for i,c in enumerate(ann.classes)])
+        gt,dt = COCO(),COCO()
+        for o,df in ((gt,ann.boxes),(dt,preds)): o.dataset = head|dict(annotations=rows(df)); o.createIndex()
+        ev = COCOeval(gt, dt, 'bbox')
+        ev.params.areaRng = [[0,1e10],[0,areas[0]],list(areas),[areas[1],1e10]]
+        if label: ev.params.catIds = [ann.classes.index(label)+1]
+        ev.evaluate(); ev.accumulate(); ev.summarize()
+    return pd.Series(ev.stats, COCO12).replace(-1,np.nan)
+
+def assert_coco(ann, p, seed=None, **kw): assert coco_map(ann,p,**kw)[COCO12].to_numpy()==pytest.approx(pycoco(ann,p,**kw).to_numpy(), abs=1e-9, nan_ok=True), seed
 
 def test_coco_equals_pycocotools():
-    n = 0
-    for seed in range(120):
+    empty = 0
+    for seed in range(100):
         ann,p = random_case(seed, classes=(L,) if seed%3 else (L,'Nodule'))
-        if not len(p): continue
-        n += 1
-        assert coco_map(ann,p).to_numpy()==pytest.approx(pycoco(ann,p), abs=1e-9, nan_ok=True), seed
-    assert n>100
+        empty += not len(p) or not len(ann.boxes)
+        assert_coco(ann, p, seed, areas=(600,2400) if seed%2 else COCO_AREAS) # many boxes have exactly these areas
+    assert empty>2
+
+@pytest.mark.parametrize('boxes,preds', [({'a':ONE,'b':[]},{}), ({'a':[]},{'a':ONE}), ({'a':[]},{}), ({'a':ONE,'b':ONE},{'b':ONE})])
+def test_coco_empty_sides(boxes, preds):
+    ann,p = annot(boxes),frame(preds, np.full(len(preds),.5))
+    assert_coco(ann, p)
+    if not ann.boxes.size: assert coco_map(ann,p).isna().all()
+    elif not len(p): assert coco_map(ann,p)[['AP','AP50','AP75','AR']].tolist()==[0]*4
+
+def test_coco_equals_pycocotools_on_the_real_labels(real):
+    keep = np.random.default_rng(0).permutation(len(real))<4000
+    ann = real.where(keep)
+    p = simulated(ann, 1.5)
+    assert_coco(ann, p); assert_coco(ann, p, areas=(200**2,300**2))
+    assert coco_map(ann, p, areas=(200**2,300**2))[['AP_small','AP_medium','AP_large']].between(.01,.99).all()
+
+def test_coco_classes():
+    for seed in range(30):
+        ann,p = random_case(seed, classes=(L,'Nodule'))
+        res = coco_classes(ann, p)
+        for c in ann.classes: assert res.loc[c,COCO12].to_numpy(float)==pytest.approx(pycoco(ann,p,label=c).to_numpy(), abs=1e-9, nan_ok=True)
+        pd.testing.assert_series_equal(res.mean(), coco_map(ann,p))
 
 def test_coco_more_than_100_boxes_on_an_image():
     ann = annot({'a':ONE})
     p = pd.concat([frame({'a':[[600,600,50,50]]*120}, np.full(120,.9)), frame({'a':ONE},[.5])], ignore_index=True)
-    assert coco_map(ann,p).tolist()==pytest.approx(pycoco(ann,p).tolist()) and coco_map(ann,p).AP50==0
+    assert_coco(ann, p); assert coco_map(ann,p).AP50==0
 
-def test_coco_empty_sides():
-    assert coco_map(annot({'a':ONE}), frame({},[])).tolist()==[0]*4
-    assert coco_map(annot({'a':[]}), frame({'a':ONE},[.5])).isna().all()
-    assert coco_map(annot({'a':[]}), frame({},[])).isna().all()
+def test_coco_does_not_depend_on_the_order_of_rows():
+    for seed in range(3,60,4): # crowded, with two scores
+        ann,p = random_case(seed)
+        mixed = Annotations(ann.images.sample(frac=1, random_state=seed), ann.boxes.sample(frac=1, random_state=seed), ann.classes)
+        for s in range(3): pd.testing.assert_series_equal(coco_map(ann,p), coco_map(mixed, p.sample(frac=1, random_state=s)))
+
+def test_coco_says_nothing(capfd, caplog):
+    caplog.set_level('INFO')
+    coco_map(annot({'a':ONE}), frame({'a':ONE},[.5]))
+    out = capfd.readouterr()
+    assert not out.out and not out.err and not caplog.records
+
+# ---------- VOC ----------
+def slow_voc(ann, preds, label, iou, eleven):
+    "A box at a time, without ties: precision and recall after each, then the area or the eleven points, by their definitions"
+    p = preds[preds.label==label].sort_values('score', ascending=False)
+    gt = ann.boxes[ann.boxes.label==label]
+    free,pts,tp = {i:df[XYXY].values.tolist() for i,df in gt.groupby('image_id')},[],0
+    for k,r in enumerate(p.to_dict('records'),1):
+        boxes = free.get(r['image_id'],[])
+        best = max(boxes, key=lambda g: slow_iou([r[c] for c in XYXY],g), default=None)
+        if best is not None and slow_iou([r[c] for c in XYXY],best)>=iou: boxes.remove(best); tp += 1
+        pts.append((tp/len(gt),tp/k) if len(gt) else (0,0))
+    if not len(gt): return np.nan
+    def best(r): return max((q for o,q in pts if o>=r-1e-12), default=0.)
+    if eleven: return sum(best(t/10) for t in range(11))/11
+    return sum(best(j/len(gt)) for j in range(1,len(gt)+1))/len(gt)
+
+@pytest.mark.parametrize('eleven', [True,False])
+def test_voc_equals_slow_version(eleven):
+    for seed in range(0,120,2):
+        ann,p = random_case(seed, classes=(L,'Nodule'))
+        p = p.assign(score=np.random.default_rng(seed).permutation(len(p))/(len(p)+1)) # no ties
+        res = voc_ap(ann, p, iou=.3, eleven=eleven)
+        assert res.to_numpy()==pytest.approx([slow_voc(ann,p,c,.3,eleven) for c in ann.classes], abs=1e-12, nan_ok=True), seed
+
+def test_voc_is_near_coco(real):
+    ann = real.where(np.arange(len(real))<6000)
+    p = simulated(ann, .8)
+    assert abs(voc_ap(ann,p).mean()-coco_map(ann,p).AP50)<.01 and voc_ap(ann,p[:0])[L]==0
+    assert voc_ap(annot({'a':ONE}), frame({'a':[[100,100,200,100]]},[.5]))[L]==1 # an overlap of exactly one half is enough
 
 # ---------- precision, recall, FROC ----------
 def slow_tp(ann, preds, thr): # hits and false positives by greedy matching, IoU > thr
@@ -237,6 +334,39 @@ def test_precision_recall_equals_slow_version():
             kept = p[p.score>=r.score]; tp = slow_tp(ann,kept,.3); fp,fn = len(kept)-tp,len(ann.boxes)-tp
             assert (r.tp,r.fp)==(tp,fp) and r.precision==pytest.approx(tp/(tp+fp))
             if len(ann.boxes): assert r.recall==pytest.approx(tp/(tp+fn)) and r.f1==pytest.approx(2*tp/(2*tp+fp+fn))
+
+def test_box_level_is_a_row_of_the_curve():
+    for seed in range(40):
+        ann,p = random_case(seed)
+        pr = precision_recall(ann,p,iou=.3)
+        for r in pr.to_dict('records'):
+            at = box_level(ann,p,r['score'],iou=.3)
+            for k in ('tp','fp','precision','recall'): assert at[k]==pytest.approx(r[k], nan_ok=True)
+            assert at.fn==len(ann.boxes)-at.tp and (not len(ann.boxes) or at.f1==pytest.approx(r['f1']))
+    none = box_level(annot({'a':ONE}), frame({},[]))
+    assert np.isnan(none.precision) and none.recall==none.f1==0 and none.fn==1
+    exact = frame({'a':[[100,100,400,200]]},[.5]) # overlap of one half
+    assert box_level(annot({'a':ONE}),exact).tp==0 and box_level(annot({'a':ONE}),exact,strict=False).tp==1
+
+def test_precision_recall_of_one_class():
+    ann,p = random_case(10, classes=(L,'Nodule'))
+    only = Annotations(ann.images, ann.boxes[ann.boxes.label==L], [L])
+    pd.testing.assert_frame_equal(precision_recall(ann,p,label=L), precision_recall(only,p[p.label==L]))
+    with pytest.raises(ValueError, match="no class 'x'"): precision_recall(ann,p,label='x')
+    for bad in (50,-.1,np.nan):
+        with pytest.raises(ValueError, match='between 0 and 1'): precision_recall(ann,p,iou=bad)
+
+def test_curves_are_drawn_as_computed():
+    ids = {f'i{k}':(ONE if k<4 else []) for k in range(8)}
+    ann,p = annot(ids),frame({'i0':ONE,'i4':ONE,'i1':ONE,'i5':ONE,'i2':ONE}, [.9,.8,.7,.6,.5])
+    pr = precision_recall(ann,p)
+    a,b = plot_precision_recall(pr, .65)
+    assert a.lines[0].get_ydata().tolist()==pr.precision.tolist() and a.lines[1].get_ydata().tolist()==[1,2/3,2/3,.6,.6]
+    assert [o.get_xdata().tolist() for o in b.lines[-3:]]==[[.7]]*3
+    x,y = plot_froc(ann,p).lines[0].get_data()
+    assert x.tolist()==[0,0,1/8,1/8,2/8,2/8,8] and y.tolist()==[0,.25,.25,.5,.5,.75,.75]
+    plot_froc(annot({'a':[]}), frame({'a':ONE},[.5])); plot_froc(ann, p[:0]); plot_precision_recall(precision_recall(ann, p[:0]), .5)
+    plt.close('all')
 
 def test_froc_by_hand():
     ids = {f'i{k}':(ONE if k<4 else []) for k in range(8)} # 4 lesions on 8 images
@@ -286,17 +416,90 @@ def test_bootstrap_groups_and_nan():
     (lambda p: p.assign(image_id=[7,8,9]), 'read as numbers'), (lambda p: p.assign(x1=[1,np.nan,1]), '1 of 3 rows: a coordinate or score is not a number'),
     (lambda p: p.assign(x1=p.x2, x2=p.x1), 'xywh'), (lambda p: p.assign(y2=p.y1), 'xywh'), (lambda p: p.assign(score=[.1,1.2,.3]), 'row 1'),
     (lambda p: p.assign(score=[.1,np.nan,.3]), 'not a number'), (lambda p: p.assign(score=-.1), 'logits'), (lambda p: p.assign(x1=['a','b','c']), 'not a number'),
-    (lambda p: p.assign(x2=np.inf), 'not a number'), (lambda p: p.assign(label='opacity'), 'a label that is none of')])
+    (lambda p: p.assign(x2=np.inf), 'not a number'), (lambda p: p.assign(label='opacity'), 'a label that is none of'),
+    (lambda p: p.assign(image_id=[None,'a','b']), 'no image of this id'), (lambda p: p.assign(label=None), 'a label that is none of'),
+    (lambda p: p.assign(x2=[300,2048,300]), r'1 of 3 rows: far outside of the picture, 1024 wide and 1024 high[^\n]*another size of it[^\n]*\n  row 1: image_id=a'),
+    (lambda p: p.assign(y1=-200), 'far outside'), (lambda p: pd.DataFrame(), 'lack'), (lambda p: p.to_dict(), 'not a dict'), (lambda p: None, 'not a NoneType')])
 def test_bad_predictions(change, match):
     ann,p = annot({'a':ONE,'b':[]}), ranked({'a':ONE*2,'b':ONE})
-    for f in (rsna_score, best_threshold, coco_map, precision_recall, froc, image_scores, image_level, lambda a,q: Report(a,q,'x')):
+    for f in (rsna_score, threshold_sweep, best_threshold, coco_map, coco_classes, voc_ap, precision_recall, box_level, froc, plot_froc, image_scores, image_level,
+              lambda a,q: write_submission(a,q,'x.csv'), lambda a,q: Report(a,q,'x')):
         with pytest.raises(ValueError, match=match): f(ann, change(p))
+
+def test_boxes_may_stick_out_a_little():
+    p = ranked({'a':[[900,900,200,200],[-100,-100,300,300]]})
+    assert rsna_score(annot({'a':ONE}), p)==0
+    with pytest.raises(ValueError, match='far outside'): rsna_score(annot({'a':ONE}), p.assign(x1=p.x1-3))
+    unknown = Annotations(pd.DataFrame({'image_id':['a']}), frame({'a':ONE}), [L]) # pictures of unknown size
+    assert rsna_score(unknown, frame({'a':[[9e4,0,9,9]]},[.5]))==0
+
+def test_an_image_twice_is_refused():
+    with pytest.raises(ValueError, match='one id for several images'): Annotations(pd.DataFrame({'image_id':['a','a']}), frame({}), [L])
 
 def test_inputs_are_left_alone():
     ann,p = annot({'a':ONE,'b':[]}), ranked({'a':ONE*2,'b':ONE})
     before = p.copy(), ann.images.copy(), ann.boxes.copy()
-    for f in (rsna_score, best_threshold, coco_map, precision_recall, froc, image_scores, image_level): f(ann, p)
+    for f in (rsna_score, best_threshold, coco_map, voc_ap, precision_recall, box_level, froc, image_scores, image_level): f(ann, p)
     for x,y in zip(before,(p,ann.images,ann.boxes)): pd.testing.assert_frame_equal(x,y)
+
+# ---------- submissions ----------
+HEAD = 'patientId,PredictionString\n'
+
+def test_submission_by_hand(tmp_path):
+    ann = annot({'a':[],'b':[],'007':[]})
+    p = frame({'a':[[1.5,2,30,40.25]],'007':[[0,0,10,10]],'a ':[]}, [.25,1]); p = pd.concat([p, frame({'a':[[5,5,5,5]]},[.5])])
+    f = write_submission(ann, p, tmp_path/'new'/'s.csv')
+    assert f.read_bytes()==(HEAD+'a,0.5 5 5 5 5 0.25 1.5 2 30 40.25\nb,\n007,1 0 0 10 10\n').encode() and [o.name for o in f.parent.iterdir()]==['s.csv']
+    q = read_submission(f, ann)
+    assert list(q)==pred_cols and q.image_id.tolist()==['a','a','007'] and q.index.tolist()==[0,1,2] and q.x2.tolist()==[10,31.5,10]
+    assert write_submission(ann, p, f, threshold=.5).read_text()==HEAD+'a,0.5 5 5 5 5\nb,\n007,1 0 0 10 10\n'
+    assert len(read_submission(write_submission(ann, p[:0], f), ann))==0
+
+def test_submission_that_fails_leaves_the_old_file(tmp_path):
+    ann,f = annot({'a':ONE}),tmp_path/'s.csv'
+    f.write_text('old')
+    with pytest.raises(ValueError, match='xywh'): write_submission(ann, frame({'a':[[1,1,1e-8,5]]},[.5]), f) # nothing is left of it at six decimals
+    assert f.read_text()=='old'
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0,10**6))
+def test_submission_round_trip_is_exact(seed):
+    import tempfile
+    rng,n = np.random.default_rng(seed),30
+    ann = annot({f'i{k}':(ONE if k%2 else []) for k in range(8)})
+    xy = rng.uniform(0,900,(n,2))*rng.choice([1,1e-3,1/3],(n,1))
+    p = pd.DataFrame(np.concatenate([xy,xy+10**rng.uniform(-3,2,(n,2))],1), columns=XYXY).assign(image_id=rng.choice(ann.images.image_id.to_numpy(),n), label=L, score=rng.choice([rng.random(),1e-7,.5000005,1/3],n))
+    with tempfile.TemporaryDirectory() as d:
+        f = write_submission(ann, p, Path(d)/'s.csv'); q,text = read_submission(f, ann),f.read_text()
+        want = match_detections(ann, p.round({c:6 for c in [*XYXY,'score']}))[0]
+        assert (q[[*XYXY,'score']].to_numpy()==want[[*XYXY,'score']].to_numpy()).all() and q.image_id.tolist()==want.image_id.tolist()
+        assert write_submission(ann, q, f).read_text()==text
+
+def test_submission_of_real_size(real, tmp_path):
+    p = simulated(real, 3)
+    q = read_submission(write_submission(real, p, tmp_path/'s.csv'), real)
+    assert len(q)==len(p) and rsna_score(real,q)==pytest.approx(rsna_score(real,p), abs=1e-4)
+
+@pytest.mark.parametrize('text,match', [
+    ('', 'begins with'), ('a,\nb,\n', 'begins with'), ('patientId;PredictionString\na;\n', 'not with the header'), ('PredictionString,patientId\n,a\n,b\n', 'begins with'),
+    (HEAD, "2 images have no line, for example \\['a', 'b'\\]"), (HEAD+'a,\n', "1 images have no line"), (HEAD+'a,\nb,\nb,.5 1 1 5 5\n', r'2 of 3 rows: this id stands in several lines[^\n]*\n  row 3: image_id=b\n  row 4'),
+    (HEAD+'a,\nz,\nb,\n', 'no image of this id[^\n]*\n  row 3: image_id=z'), (HEAD+'a,\nb,.5 1 1 5\n', 'fives[^\n]*\n  row 3'), (HEAD+'a,.5 1 1 5 5 .5\nb,\n', 'fives[^\n]*\n  row 2'),
+    (HEAD+'a,.5,1,1,5,5\nb,\n', 'commas'), (HEAD+'a\nb,\n', 'not an id and one string'), (HEAD+'a,.5 1 1 x 5\nb,\n', 'not a number[^\n]*\n  row 2'),
+    (HEAD+'a,.5 1 1 nan 5\nb,\n', 'not a number'), (HEAD+'a,.5 1 1 -5 5\nb,\n', 'not positive[^\n]*\n  row 2'), (HEAD+'a,\nb,.5 1 1 5 0\n', 'not positive[^\n]*\n  row 3'),
+    (HEAD+'a,1.5 1 1 5 5\nb,\n', 'logits[^\n]*\n  row 2'), (HEAD+'a,.9 1 1 5 5\n\nb,.5 600 600 800 5\n', 'far outside[^\n]*\n  row 4')])
+def test_bad_submissions(text, match, tmp_path):
+    f = tmp_path/'s.csv'; f.write_text(text)
+    with pytest.raises(ValueError, match=match): read_submission(f, annot({'a':ONE,'b':[]}))
+
+def test_submissions_that_others_write(tmp_path):
+    f,ann = tmp_path/'s.csv',annot({'a':ONE,'b':[]})
+    f.write_bytes(b'\xef\xbb\xbfpatientId,PredictionString\r\n"b",""\r\n"a"," 0.5  1 1 5.0 5 .4 1 1 5 5 "\r\n\r\n') # Excel's mark, quotes, other line ends, spaces
+    assert read_submission(f, ann)[['image_id','score','x2']].values.tolist()==[['a',.5,6.],['a',.4,6.]]
+
+def test_submission_has_one_class(tmp_path):
+    ann = annot({'a':ONE}, classes=[L,'Nodule'])
+    for f in (lambda: write_submission(ann, frame({'a':ONE},[.5]), tmp_path/'s.csv'), lambda: read_submission(tmp_path/'s.csv', ann)):
+        with pytest.raises(ValueError, match='one class'): f()
 
 # ---------- the report ----------
 class Page(HTMLParser):
