@@ -116,7 +116,7 @@ def rsna_steps(ann, preds, strict=True)->pd.DataFrame: # `preds` by image and fa
     after = (tp/((rank+1+lesions)[:,None]-tp)).mean(1)                               # TP/(TP+FP+FN)
     return p.assign(lesions=lesions, before=np.where(rank>0, np.roll(after,1), 0.), after=after)
 
-# %% ../nbs/11_evaluate.ipynb #29830d9a
+# %% ../nbs/11_evaluate.ipynb #ca12b3d3
 def rsna_score(
     ann:Annotations,     # The truth
     preds:pd.DataFrame,  # Predictions, with `pred_cols`
@@ -129,7 +129,8 @@ def rsna_score(
     res = np.where(n>0, 0., np.nan)
     kept = p.score.to_numpy()>=threshold
     res[p.img[kept]] = p.after[kept] # the last of each image stays
-    return pd.Series(res, n.index, name='rsna') if per_image else float(np.nanmean(res)) if (res==res).any() else np.nan
+    res = pd.Series(res, n.index, name='rsna')
+    return res if per_image else float(res.mean())
 
 # %% ../nbs/11_evaluate.ipynb #50c3acb1
 sub_cols,SUB_DIGITS = ['patientId','PredictionString'],6
