@@ -276,7 +276,7 @@ def voc_ap(
         res[c] = np.nan if not (ann.boxes.label==c).any() else best.mean() if eleven else (np.diff(pr.recall, prepend=0.)*best[:-1]).sum()
     return pd.Series(res, dtype=float, name='AP')
 
-# %% ../nbs/11_evaluate.ipynb #cfece1a9
+# %% ../nbs/11_evaluate.ipynb #f63a6c86
 COCO_AREAS = (32**2,96**2)
 
 def _coco_arrays(ann, preds, areas): # Precision (T,R,K,4,3) and recall (T,K,4,3): IoU, recall, class, size, boxes an image; -1 without truth
@@ -294,7 +294,6 @@ def _coco_arrays(ann, preds, areas): # Precision (T,R,K,4,3) and recall (T,K,4,3
     ev.evaluate(); ev.accumulate()
     return [np.asarray(ev.eval[k]) for k in ('precision','recall')]
 
-# %% ../nbs/11_evaluate.ipynb #4098da91
 def coco_classes(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions, with `pred_cols`
