@@ -132,7 +132,7 @@ def rsna_score(
     res = pd.Series(res, n.index, name='rsna')
     return res if per_image else float(res.mean())
 
-# %% ../nbs/11_evaluate.ipynb #50c3acb1
+# %% ../nbs/11_evaluate.ipynb #18d19e00
 sub_cols,SUB_DIGITS = ['patientId','PredictionString'],6
 
 def _one_class(ann):
@@ -148,8 +148,8 @@ def write_submission(
 )->Path:                # `path`
     "Write `preds` as a submission to the RSNA challenge, numbers to `SUB_DIGITS` decimals"
     _one_class(ann)
-    p = check_predictions(ann, preds)
-    p = _ranked(ann, p[p.score>=threshold].round({c:SUB_DIGITS for c in [*XYXY,'score']}))
+    p = _ranked(ann, preds)
+    p = check_predictions(ann, p[p.score>=threshold].round({c:SUB_DIGITS for c in [*XYXY,'score']}))
     nums = np.stack([p.score, p.x1, p.y1, p.x2-p.x1, p.y2-p.y1], 1).round(SUB_DIGITS).tolist()
     texts = [[] for _ in range(len(ann))]
     for i,row in zip(p.img, nums): texts[i] += [f'{v:.{SUB_DIGITS}f}'.rstrip('0').rstrip('.') for v in row]

@@ -455,6 +455,11 @@ def test_submission_by_hand(tmp_path):
     assert write_submission(ann, p, f, threshold=.5).read_text()==HEAD+'a,0.5 5 5 5 5\nb,\n007,1 0 0 10 10\n'
     assert len(read_submission(write_submission(ann, p[:0], f), ann))==0
 
+def test_submission_keeps_the_order_of_scores_that_rounding_makes_equal(tmp_path):
+    ann,p = annot({'a':BESIDE}),frame({'a':[WIDE,TIGHT]},[.5,.5+1e-9]) # the tight box claims first
+    q = read_submission(write_submission(ann, p, tmp_path/'s.csv'), ann)
+    assert q.score.tolist()==[.5,.5] and rsna_score(ann,q)==rsna_score(ann,p)!=rsna_score(ann,p[::-1].assign(score=.5).iloc[::-1])
+
 def test_submission_that_fails_leaves_the_old_file(tmp_path):
     ann,f = annot({'a':ONE}),tmp_path/'s.csv'
     f.write_text('old')
@@ -471,7 +476,7 @@ def test_submission_round_trip_is_exact(seed):
     p = pd.DataFrame(np.concatenate([xy,xy+10**rng.uniform(-3,2,(n,2))],1), columns=XYXY).assign(image_id=rng.choice(ann.images.image_id.to_numpy(),n), label=L, score=rng.choice([rng.random(),1e-7,.5000005,1/3],n))
     with tempfile.TemporaryDirectory() as d:
         f = write_submission(ann, p, Path(d)/'s.csv'); q,text = read_submission(f, ann),f.read_text()
-        want = match_detections(ann, p.round({c:6 for c in [*XYXY,'score']}))[0]
+        want = match_detections(ann, p)[0].round({c:6 for c in [*XYXY,'score']})
         assert (q[[*XYXY,'score']].to_numpy()==want[[*XYXY,'score']].to_numpy()).all() and q.image_id.tolist()==want.image_id.tolist()
         assert write_submission(ann, q, f).read_text()==text
 
