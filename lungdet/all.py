@@ -40,6 +40,12 @@ from .pretrain import *
 from .checkpoint import *
 from .distributed import *
 from .track import *
+from .imagewise import *
+from .operate import *
+from .uncertain import *
+from .errors import *
+from .card import *
+from .report import *
 from .config import *
 from .train import *
 from .study import *

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALSE_POSITIVES', 'BOX_KINDS', 'LESION_KINDS', 'CASE_KINDS', 'image_kinds', 'box_fit', 'fit_words', 'classify_errors',
-           'error_counts', 'error_costs', 'plot_costs', 'error_cases', 'show_case', 'show_errors']
+           'error_counts', 'error_costs', 'plot_costs', 'error_cases', 'draw_case', 'show_errors']
 
 # %% ../nbs/11j_errors.ipynb #3ed102bd
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, textwrap
@@ -282,12 +282,12 @@ def _tags(boxes, h, w): # Left and top of each tag, px
         taken.append(next((o for o in spots if all(abs(o[0]-x)>=tw or abs(o[1]-y)>=th for x,y in taken)), spots[0]))
     return taken
 
-def show_case(
+def draw_case(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # The boxes that are shown
     case,               # A row of `error_cases`
     ax,                 # Axes to draw on
-    chars:int=44        # Characters that fit under a square picture
+    chars:int=44        # Characters of the reason that fit under a square picture; none is written if 0
 )->bool:                # Was there a picture?
     "Draw the image of `case` with its truth in blue, `preds` in orange, what it is about tinted, and the reason below"
     row = ann.images[ann.images.image_id==case.image_id].iloc[0]
@@ -304,8 +304,7 @@ def show_case(
     ax.add_patch(plt.Rectangle((x1,y1), x2-x1, y2-y1, fc=PRED if case.of=='box' else TRUTH, alpha=.25))
     if not there: ax.text(.5, .02, 'no picture', transform=ax.transAxes, ha='center', va='bottom', color='w', fontsize=8)
     said = case.reason.replace(' %','\xa0%').replace('verlap ','verlap\xa0').replace('area ','area\xa0') # a number stays with its unit
-    said = textwrap.fill(said, int(chars*min(1,im.shape[1]/im.shape[0])))
-    ax.text(0, -.02, said, transform=ax.transAxes, va='top', fontsize=8)
+    if chars: ax.text(0, -.02, textwrap.fill(said, int(chars*min(1,im.shape[1]/im.shape[0]))), transform=ax.transAxes, va='top', fontsize=8)
     return there
 
 # %% ../nbs/11j_errors.ipynb #19fad45e
@@ -327,5 +326,5 @@ def show_errors(
     for ax in axs.flat: ax.set_axis_off()
     if not len(cases): axs[0,0].set_title(f'{kind}: none', fontsize=9)
     for ax,(_,case) in zip(axs.flat, cases.iterrows()):
-        show_case(ann, preds[(preds.score>=threshold)|(preds.score==case.score)], case, ax) # the box of a case may be below the threshold
+        draw_case(ann, preds[(preds.score>=threshold)|(preds.score==case.score)], case, ax) # the box of a case may be below the threshold
     return fig

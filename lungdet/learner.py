@@ -72,7 +72,7 @@ def _learner(dls, model, cfg, loss, **kwargs):
     learn.detector = cfg
     return learn
 
-# %% ../nbs/10_learner.ipynb #964b1679
+# %% ../nbs/10_learner.ipynb #94e3ab7e
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -80,17 +80,19 @@ def detect(
     nms_thr:float=.5, # Of two boxes that overlap by more, the better stays
     flip:bool=False, # Look at the mirror image too, and keep the better of each two boxes that overlap?
     progress:bool=False, # Show a progress bar?
+    point=None, # An `OperatingPoint` (chapter 11h): give what it leaves, with the NMS that it was made for
     **kwargs # For `postprocess`
 )->pd.DataFrame: # One row per detection: `image_id`, corners in pixels of the original, `label`, `score`
     "Detections of `learn` on the images of `ann`"
+    if point is not None: score_thr,nms_thr = min(score_thr, point.threshold),point.detect_nms
     items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
     dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[]
     def found(x): return [o[o[:,5]!=PAD] for o in postprocess(model(x), loss.anchors, loss.size, score_thr, nms_thr, **kwargs).cpu()]
     with torch.inference_mode():
         for x, in progress_bar(dl) if progress else dl:
             out += [_both(a, b, loss.size[1], nms_thr)[:kwargs.get('max_det',100)] for a,b in zip(found(x),found(x.flip(-1)))] if flip else found(x)
-    rows = [_rows(o, it, loss.size, learn.dls.classes) for o,it in zip(out,items)]
-    return pd.concat(rows, ignore_index=True)
+    res = pd.concat([_rows(o, it, loss.size, learn.dls.classes) for o,it in zip(out,items)], ignore_index=True)
+    return res if point is None else point.apply(res).reset_index(drop=True)
 
 def _both(a, b, width, thr):
     "Detections `a` (n,6) and `b` (m,6), of the mirror image of a picture of `width`; of two that overlap the better"

@@ -7,7 +7,7 @@ __all__ = ['label_formats', 'OF_LEARNER', 'schema', 'experiments', 'read_images'
            'roll_dice', 'build_learner', 'check_values', 'provenance', 'headline_scores', 'train', 'config_file',
            'evaluate_run']
 
-# %% ../nbs/17a_train.ipynb #b027c0b2
+# %% ../nbs/17a_train.ipynb #a20d9720
 import argparse, hashlib, importlib.metadata, json, platform, re, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from filelock import FileLock, Timeout
@@ -29,7 +29,7 @@ from .anchors import Anchors
 from .retinanet import RetinaNet
 from .loss import RetinaLoss
 from .learner import detect, detector_learner, retinanet_learner, save_detector
-from .evaluate import Report, best_threshold, coco_map, image_level, save_report
+from .evaluate import best_threshold, coco_map, image_level
 from .monitor import DetectionScores, history, plot_curves
 from .average import EMA
 from .callbacks import Accumulate, Precision, SaveBest, StopOnNonFinite
@@ -38,6 +38,9 @@ from .checks import check_learner
 from .checkpoint import Checkpoint
 from .distributed import first_alone, shared, start_processes
 from .track import Track, trackers
+from .operate import OperatingPoint, tune_rsna
+from .card import characteristics
+from .report import Report
 from .config import Schema, keys_of, read_config, to_toml, write_config
 
 # %% ../nbs/17a_train.ipynb #53994fd1
@@ -204,7 +207,7 @@ def headline_scores(ann:Annotations, preds:pd.DataFrame)->dict:
     coco = coco_map(ann, preds)
     return dict(AP50=float(coco.AP50), AP=float(coco.AP), rsna=float(rsna), threshold=float(thr), AUC=float(image_level(ann, preds)['AUC']), images=len(ann), boxes=len(ann.boxes))
 
-# %% ../nbs/17a_train.ipynb #c65387e1
+# %% ../nbs/17a_train.ipynb #c1ed8851
 def train(
     cfg:dict,       # All settings, as `read_config` gives them
     folder:str|Path,# Of this run; made if need be
@@ -225,7 +228,7 @@ def train(
         ann = first_alone(lambda: _prepare(cfg, folder, begun))
         return _train(cfg, folder, ann, show, cbs)
 
-# %% ../nbs/17a_train.ipynb #22e68624
+# %% ../nbs/17a_train.ipynb #561d4da6
 @contextmanager
 def _alone(folder):
     "Within this block no other program trains in `folder`"
@@ -243,7 +246,7 @@ def _prepare(cfg, folder, begun):
     write_config(cfg, folder/'config.toml')
     return ann
 
-# %% ../nbs/17a_train.ipynb #7aa38254
+# %% ../nbs/17a_train.ipynb #c0553add
 def _train(cfg, folder, ann, show, cbs):
     "What `train` does once the folder is its own"
     set_seed(cfg['train']['seed'], reproducible=True)
@@ -262,7 +265,7 @@ def _rows(learn):
         print(' '.join(f'{o:10.4f}' if isinstance(o,float) else f'{o:>10}' for o in row), flush=True)
     return log
 
-# %% ../nbs/17a_train.ipynb #f53dd819
+# %% ../nbs/17a_train.ipynb #5f364204
 def _leave(learn, ann, table, cfg, folder, minutes):
     "Write what came of a run"
     plot_curves(table.drop(columns=['epoch','phase']), best=cfg['train']['monitor'])
@@ -274,6 +277,7 @@ def _leave(learn, ann, table, cfg, folder, minutes):
     with atomic_path(folder/'predictions.csv') as p: preds.to_csv(p, index=False)
     ann.save(folder/'annotations')
     with atomic_path(folder/'provenance.json') as p: p.write_text(json.dumps(provenance(ann), indent=1))
+    if len(preds) and len(valid.boxes): tune_rsna(valid, preds)[0].save(folder/'point.json')
     scores = headline_scores(valid, preds)|dict(epochs=len(table), minutes=round(minutes,2))
     with atomic_path(folder/'scores.json') as p: p.write_text(json.dumps(scores, indent=1))
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
@@ -293,7 +297,7 @@ def _stop(command, work)->int:
     except KeyboardInterrupt: print(f"\nStopped. The same command goes on from the last epoch.", file=sys.stderr); return 130
     except (ValueError,OSError,RuntimeError,FloatingPointError,ImportError,SafetensorError) as e: print(f"{command}: {e}", file=sys.stderr); return 2
 
-# %% ../nbs/17a_train.ipynb #23f20fe2
+# %% ../nbs/17a_train.ipynb #6ec23393
 def main(argv=None)->int: # Exit code
     "`lungdet-train`"
     p = argparse.ArgumentParser('lungdet-train', description="Train the experiment that a TOML file describes. Run it again after an interruption: it goes on after the last whole epoch.",
@@ -325,13 +329,14 @@ def _check(cfg):
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 
-# %% ../nbs/17a_train.ipynb #b2095550
+# %% ../nbs/17a_train.ipynb #aee6650c
 def evaluate_run(
     run:str|Path, # Folder of a finished run
     ann:Annotations|None=None, # Images to judge it on; those that it held back if None
-    out:str|Path|None=None # Folder of the report, the run's if None
+    out:str|Path|None=None, # Folder of the report, the run's if None
+    force:bool=False # Judge it also on images that chose its operating point?
 )->Report:
-    "Judge a finished run, at the threshold chosen on the images it held back; writes `report.html`"
+    "Judge a finished run, other images at the operating point chosen on those it held back; writes `report.html`, `.json` and `.csv`"
     run = Path(run)
     if not (run/'scores.json').exists(): raise ValueError(f"{run} holds no finished run; did it stop? The command that began it goes on with it")
     own,scores = Annotations.load(run/'annotations'),json.loads((run/'scores.json').read_text())
@@ -341,26 +346,28 @@ def evaluate_run(
         ids = [set(patients(o.images).dropna())|set(o.images.image_id) for o in (own.part('train'),ann)]
         if met := ids[0]&ids[1]: print(f"{len(met)} images or patients were trained on, such as {sorted(met)[0]}: this is no test")
         preds = detect(detector_learner(run/'detector.safetensors', Annotations(ann.images.assign(split='valid'), ann.boxes, ann.classes)), ann)
-    report = Report(ann, preds, run.name, None if same else scores['threshold'])
-    info = dict(settings=read_config(run/'config.toml', schema), provenance=json.loads((run/'provenance.json').read_text()))
-    Path(out or run).mkdir(parents=True, exist_ok=True)
-    save_report(report, Path(out or run)/'report.html', info)
+    point = None if same else OperatingPoint.load(run/'point.json') if (run/'point.json').exists() else scores['threshold']
+    who = [characteristics(own)]+([] if same else [characteristics(Annotations(ann.images.assign(split='judged'), ann.boxes, ann.classes))])
+    evidence = dict(who=pd.concat(who, axis=1), settings=read_config(run/'config.toml', schema), provenance=json.loads((run/'provenance.json').read_text()))
+    report = Report(ann, preds, run.name, point, evidence|(dict(judged='validation') if same else {}), force=force)
+    report.save(Path(out or run)/'report.html')
     return report
 
-# %% ../nbs/17a_train.ipynb #2bd0d720
+# %% ../nbs/17a_train.ipynb #50768484
 def main_evaluate(argv=None)->int: # Exit code
     "`lungdet-evaluate`"
     p = argparse.ArgumentParser('lungdet-evaluate', description="Judge a trained run: on the images it held back, or on an annotated folder.")
     p.add_argument('run', help="folder of the run, as lungdet-train left it")
     p.add_argument('changes', nargs='*', metavar='key=value', help="keys of the section [data], such as format=coco path=labels.json; none for the images held back")
     p.add_argument('--out', help="folder of the report (that of the run)")
+    p.add_argument('--force', action='store_true', help="also on images that chose the operating point")
     a = p.parse_intermixed_args(argv)
     def work():
         ann = None
         if a.changes:
             own = read_config(Path(a.run)/'config.toml', schema)['data'] # pictures made as those it was trained on
             ann = read_images(**read_config(None, Schema(data=keys_of(read_images)), [*(f'{k}={own[k]}' for k in ('png_size','fit')), *a.changes])['data'])
-        print(evaluate_run(a.run, ann, a.out).table().T.to_string(header=False))
+        print(evaluate_run(a.run, ann, a.out, a.force).table().T.to_string(header=False))
         print(f"see {Path(a.out or a.run)/'report.html'}")
     return _stop('lungdet-evaluate', work)
 

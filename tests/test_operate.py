@@ -99,6 +99,9 @@ def test_point_on_what_detect_finds(tmp_path):
     assert 0<len(shown)<len(found) and (shown.score>=t).all() and list(shown)==list(found)
     strict = detect(learn, score_thr=.001, nms_thr=.2, max_det=10**4)
     assert strict.score.max()==shown.score.max() # the best box of an image survives every NMS
+    for pt in (OperatingPoint(t, .2, .8), OperatingPoint(.001, .3, detect_nms=.6)): # `detect` does it all by itself
+        want = pt.apply(detect(learn, score_thr=min(.05, pt.threshold), nms_thr=pt.detect_nms)).reset_index(drop=True)
+        assert len(want); pd.testing.assert_frame_equal(detect(learn, point=pt), want)
 
 # ---------- values ----------
 @pytest.mark.parametrize('kw,match', [(dict(threshold=50),'percent'), (dict(threshold=-.1),'threshold'), (dict(threshold=np.nan),'threshold'), (dict(nms=1.2),'nms'),

@@ -82,3 +82,10 @@ def test_make_gives_notebooks_the_whole_path_of_the_data():
     for args,env in ((['LUNGDET_DATA=data/sample'],{}), ([],{'LUNGDET_DATA':'data/sample'})):
         out = subprocess.run(show+args, env=os.environ|env, capture_output=True, text=True)
         assert out.stdout.strip('\n')==str(ROOT/'data'/'sample'), out.stderr
+
+def test_no_name_is_exported_twice():
+    "`from lungdet.all import *` gives one thing for each name"
+    seen = {}
+    for nb in CHAPTERS:
+        names = re.search(r'__all__ = (\[.*?\])', (ROOT/'lungdet'/f'{chapter(nb)}.py').read_text(), re.S)
+        for o in eval(names[1]) if names else []: assert seen.setdefault(o, chapter(nb))==chapter(nb), f'{o} is in {seen[o]} and {chapter(nb)}'
