@@ -20,7 +20,6 @@ warnings.filterwarnings('ignore', message='`torch.jit.script`')
 
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import set_seed
-from sklearn.metrics import roc_auc_score
 from torch import nn
 from torchvision.models.detection import RetinaNet as TVRetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -73,7 +72,7 @@ cfg = read_config(experiments/f'{args.base}.toml' if not Path(args.base).exists(
 out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
 ann = load_images(**cfg['data'])
 train_part,valid = ann.part('train'),ann.part('valid')
-groups,positive = patients(valid.images).to_numpy(),valid.images.image_id.isin(valid.boxes.image_id).to_numpy()
+groups = patients(valid.images).to_numpy()
 print(ann, f'; {len(valid)} images of {len(set(groups))} patients held back, {len(valid.boxes)} boxes', flush=True)
 
 def cpu(): return sum(o.ru_utime+o.ru_stime for o in (resource.getrusage(resource.RUSAGE_SELF),resource.getrusage(resource.RUSAGE_CHILDREN)))/60
@@ -96,28 +95,23 @@ def ours(seed):
     with learn.no_bar(), learn.no_logging(): fit_phases(learn, out/f'ours-{seed}', **cfg['train']|dict(seed=seed))
     return detect(learn, ann)
 def theirs(seed, lr): return tv_detect(*tv_train(cfg, ann, seed, lr), ann)
-def ap50(preds, rows=None):
-    "AP50 on the images `rows`, which may repeat"
-    if rows is None: return coco_map(valid, preds).AP50
-    ids = valid.images.image_id.to_numpy()[rows]
-    copies = pd.DataFrame(dict(image_id=ids, new=[str(i) for i in range(len(ids))]))
-    def moved(df): return df.merge(copies, on='image_id').drop(columns='image_id').rename(columns={'new':'image_id'})
-    return coco_map(Annotations(moved(valid.images), moved(valid.boxes), valid.classes), moved(preds)).AP50
+def ap50(preds): return coco_map(valid, preds).AP50
 
 rates = {lr:ap50(run(f'torchvision-{args.seeds[0]}-{lr:g}', lambda: theirs(args.seeds[0], lr))[0]) for lr in args.tv_lrs}
 lr = max(rates, key=rates.get)
 print('torchvision, AP50 of the first seed by rate:', {k:round(float(v),3) for k,v in rates.items()}, flush=True)
 runs = {'lungdet':[run(f'lungdet-{s}', lambda: ours(s)) for s in args.seeds], 'torchvision':[run(f'torchvision-{s}-{lr:g}', lambda: theirs(s, lr)) for s in args.seeds]}
 
-def rsna(o): return rsna_score(valid, o[0], o[1]['threshold'], per_image=True).to_numpy()
-def auc(v): return np.nan if len(set(v[:,0]))<2 else np.mean([roc_auc_score(v[:,0], s) for s in v[:,1:].T])
-rows,spread,index = {},{},np.arange(len(valid))[:,None]
+names = ['AP50','RSNA','AUC']
+rows,spread,draws = {},{},{}
 for name,os_ in runs.items():
-    each = {'AP50':[ap50(p) for p,_ in os_], 'RSNA':[np.nanmean(rsna(o)) for o in os_], 'AUC':[roc_auc_score(positive, image_scores(valid,p)) for p,_ in os_]}
-    spread[name] = {**{k:f'{np.mean(v):.3f} ({np.std(v,ddof=1) if len(v)>1 else 0:.3f})' for k,v in each.items()}, 'threshold':', '.join(f"{o['threshold']:.2f}" for _,o in os_), 'CPU minutes':f"{np.mean([o['minutes'] for _,o in os_]):.1f}"}
-    scores = np.stack([positive, *(image_scores(valid,p).to_numpy() for p,_ in os_)], 1)
-    ci = {'AP50':bootstrap_ci(index, 200, groups=groups, stat=lambda v: np.mean([ap50(p, v[:,0].astype(int)) for p,_ in os_])),
-          'RSNA':bootstrap_ci(np.mean([rsna(o) for o in os_], 0), groups=groups), 'AUC':bootstrap_ci(scores, groups=groups, stat=auc)}
-    rows[name] = {k:f'{lo:.3f} to {hi:.3f}' for k,(lo,hi) in ci.items()}
+    fs = [Figures(valid, p, o['threshold'], names) for p,o in os_]
+    each = pd.concat([f() for f in fs])
+    spread[name] = {**{k:f'{each[k].mean():.3f} ({each[k].std() if len(each)>1 else 0:.3f})' for k in names}, 'threshold':', '.join(f"{o['threshold']:.2f}" for _,o in os_),
+                    'CPU minutes':f"{np.mean([o['minutes'] for _,o in os_]):.1f}"}
+    draws[name] = sum(pd.concat([f(w) for w in patient_weights(groups, width=f.width)], ignore_index=True) for f in fs)/len(fs) # the same patients for all
+    rows[name] = {k:'{:.3f} to {:.3f}'.format(*draws[name][k].quantile([.025,.975])) for k in names}
+d = draws['lungdet']-draws['torchvision']
+rows['difference'] = {k:'{:+.3f} to {:+.3f}'.format(*d[k].quantile([.025,.975])) for k in names}
 print('\nMean over the seeds (standard deviation)'); print(pd.DataFrame(spread).T.to_string())
 print('\n95 % interval of that mean, over patients'); print(pd.DataFrame(rows).T.to_string())
