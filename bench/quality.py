@@ -13,7 +13,7 @@ from pathlib import Path
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('folder'); p.add_argument('changes', nargs='*', help='key=value, as for lungdet-train'); p.add_argument('--base', default='rsna_small')
-p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2]); p.add_argument('--tv-lrs', type=float, nargs='+', default=[1e-4,5e-4]); p.add_argument('--out', default='runs/quality')
+p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2]); p.add_argument('--tv-lrs', type=float, nargs='+', default=[1e-4,5e-4,1e-3]); p.add_argument('--out', default='runs/quality')
 args = p.parse_args()
 os.environ['LUNGDET_DATA'] = args.folder
 warnings.filterwarnings('ignore', message='`torch.jit.script`')

@@ -113,7 +113,7 @@ def _box_facts(ann, p, t, q, iou):
     on = t.reindex(p.truth)
     return p.assign(**dict(zip(('dx','dy','w','h'), box_fit(p[XYXY], on[XYXY]).T)), found=(on.kind=='hit').to_numpy(),
                     really=on.label.to_numpy(), merges=_stands_for(q[q.same&(q.covered>=.5)], 'pred', iou), pieces=pieces,
-                    gap=q.groupby('pred').gap.min(), order=claims.groupby('truth').cumcount()+1,
+                    gap=q.groupby('pred').gap.min(), within=q.groupby('pred').inside.max(), order=claims.groupby('truth').cumcount()+1,
                     beats=np.searchsorted(np.sort(hits.score), p.score)/max(1,len(hits)),
                     category=ann.images.category.fillna('category unknown').to_numpy()[p.img])
 
@@ -130,7 +130,7 @@ def _box_reason(r): # A row of `_box_facts`
     if r.pieces>0: return f"one of {r.pieces:.0f} boxes that share a lesion"
     if r.kind=='poorly localised': return f"{overlap} with a lesion{' already found' if r.found else ''}: {fit}"
     if pd.isna(r.gap): where = f"no lesion here ({r.category})"
-    else: where = f"nearest lesion {max(1,r.gap):.0f} px away" if r.gap>0 else f"only touches a lesion ({overlap})"
+    else: where = f"nearest lesion {max(1,r.gap):.0f} px away" if r.gap>0 else f"{'covers little of' if r.within>=.5 else 'only touches'} a lesion ({overlap})"
     return where+(f"; more confident than {_pct(r.beats)} of the hits" if r.beats>0 else '')
 
 # %% ../nbs/11j_errors.ipynb #c5f00d24
@@ -156,7 +156,7 @@ def _lesion_reason(r, threshold): # A row of `_lesion_facts`
     if r.kind=='poorly localised': return f"best overlap {_num(r.iou)}: {fit}"
     size = f"{100*r.share:.1f} % of the picture" if r.share>0 else f"{r.px**.5:.0f} px across"
     of,than = max((r.smaller,'smaller'),(r.larger,'larger'))
-    where = 'in a box that marks something else' if r.inside>=.5 else 'no box on it'
+    where = 'in a box that marks something else' if r.inside>=.5 else 'touched by a box that fits nothing' if r.inside>0 else 'no box on it'
     return f"{where}; {size}"+(f", {than} than {_pct(of)} of the lesions" if of else '')
 
 # %% ../nbs/11j_errors.ipynb #7f3e8de1

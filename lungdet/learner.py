@@ -72,7 +72,7 @@ def _learner(dls, model, cfg, loss, **kwargs):
     learn.detector = cfg
     return learn
 
-# %% ../nbs/10_learner.ipynb #94e3ab7e
+# %% ../nbs/10_learner.ipynb #2d85c646
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -103,7 +103,7 @@ def _rows(o, item, size, classes):
     "Detections `o` (n,6) on a picture of `size` as rows of boxes in pixels of the original"
     xy = clip_boxes(picture_fit(item, size).back(o[:,:4]), (item['height'],item['width']))
     xy,o = xy[area(xy)>0].double().numpy(),o[area(xy)>0] # what lies on a black border of the picture is nowhere in the original
-    df = pd.DataFrame(xy, columns=['x1','y1','x2','y2']).assign(label=[classes[int(k)] for k in o[:,5]], score=o[:,4].numpy())
+    df = pd.DataFrame(xy, columns=['x1','y1','x2','y2']).assign(label=[classes[int(k)] for k in o[:,5]], score=o[:,4].double().numpy())
     df.insert(0, 'image_id', item['image_id'])
     return df
 

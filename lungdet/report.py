@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADLINE', 'GALLERIES', 'CSS', 'READ', 'Report']
 
-# %% ../nbs/11l_report.ipynb #b1c32d00
+# %% ../nbs/11l_report.ipynb #5ea77c4b
 import base64, html, io, json, re, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from datetime import date
 from pathlib import Path
@@ -14,14 +14,15 @@ from fastcore.basics import patch
 from . import __version__
 from .core import CATEGORY_COLORS, MUTED, PRED, TRUTH, atomic_path, work_path
 from .formats import Annotations
+from .splits import patients
 from .evaluate import best_threshold, check_predictions, coco_classes, coco_map, froc, image_scores, lesion_counts, plot_froc, plot_precision_recall, precision_recall, threshold_sweep
 from .imagewise import at_prevalence, confusion, ece, image_table, plot_reliability, plot_roc, reliability
 from .operate import OperatingPoint
 from .uncertain import compare, intervals, plot_subgroups, subgroups
-from .errors import error_cases, error_costs, error_counts, plot_costs, draw_case
-from .card import OPEN, characteristics, claim, model_card
+from .errors import draw_case, error_cases, error_costs, error_counts, image_kinds, plot_costs
+from .card import OPEN, characteristics, check_evidence, claim, model_card
 
-# %% ../nbs/11l_report.ipynb #c47e0cb5
+# %% ../nbs/11l_report.ipynb #3ea6dd98
 class Report:
     "One model's predictions, judged from every side"
     def __init__(self,
@@ -38,16 +39,22 @@ class Report:
         if not len(ann): raise ValueError("there is no image to judge; is this the right part of the split?")
         preds = check_predictions(ann, preds)
         self.ann,self.name,self.evidence,self.own,self.n = ann,name,evidence or {},own,n
-        self.tuned_here,self.against = point is None,against or {}
+        self.against = against or {}
+        check_evidence(self.evidence); claim(self.evidence, own)
+        for k,p in self.against.items():
+            if k in (name,'the other'): raise ValueError(f"against={k!r} is the name of the model itself, or no name")
+            check_predictions(ann, p)
+        self.tuned_here = point is None or isinstance(point, OperatingPoint) and any(point.known(ann).values())
         if point is None: point = OperatingPoint(best_threshold(ann, preds)[0])
         elif isinstance(point, OperatingPoint): point.check(ann, force)
         else: point = OperatingPoint(float(point))
         self.point,self.threshold = point,point.threshold
+        self.raw = preds
         self.preds = replace(point, threshold=0.).apply(preds) # thinned and shrunk, of all scores: for curves
         self.shown = self.preds[self.preds.score>=self.threshold]
         self.figures = intervals(ann, self.preds, self.threshold, n=n)
 
-# %% ../nbs/11l_report.ipynb #373c8043
+# %% ../nbs/11l_report.ipynb #e6dc28a3
 HEADLINE = ('RSNA','AP50','FROC','AUC','sensitivity','specificity')
 
 @patch
@@ -62,9 +69,10 @@ def words(self:Report)->str:
     "Where the operating point comes from, in a sentence"
     p = self.point
     knobs = f'Score of at least {p.threshold:.3f}'+(f', NMS at an IoU of {p.nms:g}' if p.nms is not None else '')+(f', boxes shrunk to {p.shrink:g}' if p.shrink!=1 else '')
-    return knobs+(', the best for the challenge on these same images, so that what depends on it flatters' if self.tuned_here else f', chosen on {p.n} other images: {p.goal}' if p.n else ', given')
+    return knobs+(', the best for the challenge on these same images, so that what depends on it flatters' if self.tuned_here and not p.n else
+        f', chosen on {p.n} images, some of them or of their patients among these, so that what depends on it flatters: {p.goal}' if self.tuned_here else f', chosen on {p.n} other images: {p.goal}' if p.n else ', given')
 
-# %% ../nbs/11l_report.ipynb #3fdbfdb2
+# %% ../nbs/11l_report.ipynb #c91a4d7f
 def _panel(): return plt.subplots(figsize=(4,3.2), layout='constrained')[1]
 
 @patch
@@ -90,19 +98,20 @@ def image_plots(self:Report)->dict: # Axes by what they show
     "How well images are told apart"
     hist,score,im = _panel(),image_scores(self.ann, self.preds).to_numpy(),self.ann.images
     kind = (im.category if 'category' in im else pd.Series(pd.NA, im.index)).astype('string').fillna('unknown').to_numpy()
+    if len(set(kind))>5: kind = image_kinds(self.ann).to_numpy()
     names = sorted(set(kind), key=[*CATEGORY_COLORS,*sorted(set(kind))].index)
-    hist.hist([score[kind==k] for k in names], np.linspace(0,1,16), stacked=True, label=names, color=[CATEGORY_COLORS.get(k,MUTED) for k in names])
+    hist.hist([score[kind==k] for k in names], np.linspace(0,1,16), stacked=True, label=names, color=[CATEGORY_COLORS.get(k) or ['#2ca02c','#8c564b','#e377c2',MUTED,'#bcbd22'][i%5] for i,k in enumerate(names)])
     hist.axvline(self.threshold, color='k', lw=.8, ls='--'); hist.set(xlabel='score of the image', ylabel='images', title='Scores by category'); hist.legend(fontsize=8)
     roc = plot_roc(self.ann, self.preds, self.threshold, _panel()); roc.set_title(f'AUC {self.figures.value.AUC:.3f}')
     rel = plot_reliability(reliability(self.ann, self.preds), _panel()); rel.set_title(f'ECE {ece(self.ann, self.preds):.3f}')
     return {'ROC of the images':roc, 'Scores by category':hist, 'Reliability':rel}
 
-# %% ../nbs/11l_report.ipynb #e576d777
+# %% ../nbs/11l_report.ipynb #11c17555
 @patch
 def compared(self:Report)->pd.DataFrame:
-    "This model against the others on the same resampled patients, each at the threshold that suits it best here"
-    own = best_threshold(self.ann, self.preds)[0]
-    rows = {name:compare(self.ann, p, self.preds, best_threshold(self.ann, p)[0], own, figures=HEADLINE, n=self.n) for name,p in self.against.items()}
+    "This model against the others on the same resampled patients, all as they left `detect`, each at the threshold that suits it best here"
+    own = best_threshold(self.ann, self.raw)[0]
+    rows = {name:compare(self.ann, p, self.raw, best_threshold(self.ann, p)[0], own, figures=HEADLINE, n=self.n) for name,p in self.against.items()}
     return pd.concat(rows, names=['against','figure']).rename(columns={'a':'the other','b':self.name}) if rows else pd.DataFrame()
 
 @patch
@@ -128,20 +137,21 @@ def figures_table(self:Report)->pd.DataFrame: # `part`, `group`, `figure`, `valu
     cols = ['part','group','figure','value','lo','hi','images','note']
     return pd.concat([whole, sub, coco, fr, per, other], ignore_index=True).reindex(columns=cols).assign(value=lambda o: pd.to_numeric(o.value, errors='coerce'))
 
-# %% ../nbs/11l_report.ipynb #6a7f3e82
+# %% ../nbs/11l_report.ipynb #8c6a2753
 GALLERIES = {'most confident mistakes':'The most confident mistakes', 'missed':'Missed, the largest first', 'worst':'The worst drawn', 'best':'The best drawn'}
 
 @patch
 def mistakes(self:Report)->str:
     "The largest losses in a sentence"
     gain = error_costs(self.ann, self.preds, self.threshold)['RSNA gain'].iloc[1:4]
-    return 'Largest losses of the RSNA score: '+', '.join(f'{k} ({v:.3f})' for k,v in gain.items() if v>0)
+    said = ', '.join(f'{k} ({v:.3f})' for k,v in gain.items() if v>0)
+    return f'Largest losses of the RSNA score, if perfectly repaired: {said}' if said else 'No repair of one kind of error would raise the RSNA score'
 
 @patch
 def weakest(self:Report)->str:
     "The groups that are worst off among those that are large enough, in a sentence"
     g = self.groups()
-    g = g[(g['by']!='all')&~g.note.str.startswith('too few')&g.figure.isin(['AUC','recall'])].dropna(subset='value')
+    g = g[(g['by']!='all')&(g.group!='unknown')&~g.note.str.startswith('too few')&g.figure.isin(['AUC','recall'])].dropna(subset='value')
     if not len(g): return 'No group was large enough to be judged'
     low = g.loc[g.groupby('figure').value.idxmin()]
     return 'Lowest among the groups that are large enough: '+', '.join(f'{r.figure} {r.value:.3f} ({r.lo:.3f} to {r.hi:.3f}) for {r.by} {r.group}' for r in low.itertuples())
@@ -149,10 +159,10 @@ def weakest(self:Report)->str:
 @patch
 def known(self:Report)->dict:
     "The evidence for model card and checklist"
-    return {'who':characteristics(self.ann), 'judged':'validation' if self.tuned_here else None, 'point':self.words(), 'subgroups':self.weakest(),
+    return {'who':characteristics(self.ann), 'point':self.words(), 'subgroups':self.weakest(),
             'errors':self.mistakes(), 'figures':self.figures}|self.evidence
 
-# %% ../nbs/11l_report.ipynb #b91ad136
+# %% ../nbs/11l_report.ipynb #c521f0dd
 CSS = """:root{color-scheme:light} *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:0 1.2rem 4rem;color:#1b1f24;background:#fff}
 h1{margin:1.6rem 0 .2rem;font-size:1.9rem} h2{margin:3rem 0 .6rem;padding-top:.6rem;border-top:2px solid #e4e7eb;font-size:1.35rem} h3{margin:1.6rem 0 .4rem;font-size:1.05rem}
@@ -164,18 +174,19 @@ nav{position:sticky;top:0;background:#fff;border-bottom:1px solid #e4e7eb;paddin
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem} figure{margin:0} figcaption{font-size:.9rem;color:#3d444d} img{max-width:100%;height:auto;display:block}
 .wide{overflow-x:auto;margin:.6rem 0} table{border-collapse:collapse;font-size:.92rem} th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #e4e7eb;vertical-align:top}
 thead th{border-bottom:2px solid #8c959f} .open{color:#9a3412} section[id]{scroll-margin-top:3rem} details{margin:.6rem 0} summary{cursor:pointer;color:#0b5cad}
+@media(max-width:40rem){.stack thead{display:none} .stack tr{display:block;border-bottom:1px solid #e4e7eb;padding:.4rem 0} .stack td{display:inline;border:0;padding:0 .3rem 0 0} .stack td:nth-child(4){display:block}}
 @media print{nav{display:none}}"""
 
 def _text(x):
     if isinstance(x, (float,np.floating)): return '' if np.isnan(x) else f'{x:.3f}'
     return '' if x is None or x is pd.NA else html.escape(str(x))
 
-def _html_table(df, index=True):
-    "`df` as HTML that scrolls by itself"
+def _html_table(df, index=True, stack=False):
+    "`df` as HTML that scrolls by itself; with `stack`, cells stand below one another on a narrow screen"
     df = df.reset_index(names=[o or '' for o in df.index.names]) if index else df
     head = ''.join(f'<th>{_text(c)}</th>' for c in df.columns)
-    body = ''.join('<tr>'+''.join(f'<td{" class=open" if isinstance(v, str) and v==OPEN else ""}>{_text(v)}</td>' for v in r)+'</tr>' for r in df.astype(object).itertuples(index=False))
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = ''.join('<tr>'+''.join(f'<td{" class=open" if isinstance(v, str) and OPEN in v else ""}>{_text(v)}</td>' for v in r)+'</tr>' for r in df.astype(object).itertuples(index=False))
+    return f'<div class="wide"><table{" class=stack" if stack else ""}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 def _html_dict(d):
     "A dict as a table, nested ones too"
@@ -195,19 +206,23 @@ def _section(title, *parts):
     key = re.sub(r'\W+', '-', title.lower())
     return key,title,f'<section id="{key}"><h2>{html.escape(title)}</h2>'+'\n'.join(parts)+'</section>'
 
-# %% ../nbs/11l_report.ipynb #c96c1b5b
+# %% ../nbs/11l_report.ipynb #68725ae6
 READ = {'RSNA':'Score of the RSNA 2018 challenge at the operating point; its winner reached .2547 on its own test images',
     'AP50, AP':'Average precision at an IoU of .5, and over .5 to .95, as COCO defines it', 'FROC':'Mean sensitivity for lesions at 1/8 to 8 false positives per image',
     'AUC':'How well the highest score of an image ranks those with a lesion above those without',
     'sensitivity, specificity':'Share of images with, and without, a lesion that are called rightly at the operating point',
-    'precision, recall':'Share of boxes that are right, and of lesions that are found, at an IoU of .5', 'in brackets':'95 % interval by bootstrap over patients',
+    'precision, recall, F1':'Share of boxes that are right, of lesions that are found, and the harmonic mean of both, at an IoU of .5', 'PPV, NPV':'Share of the called images that have a lesion, and of the others that have none; both move with the prevalence',
+    'AR, AR10, AR1':'Mean recall over an IoU of .5 to .95 with 100, 10 or 1 boxes an image', 'ECE':'Mean distance between the scores of images and the share of them with a lesion',
+    'above':'Share of resamples in which this model is ahead; a tie counts half', 'in brackets':'95 % interval by bootstrap over patients',
     'pictures':'Truth blue, predictions orange'}
 
 @patch
 def _glance(self:Report):
     f = self.figures
-    tiles = ''.join('<div class="tile">{}<b>{:.3f}</b><span>{:.3f} to {:.3f}</span></div>'.format(k, *f.loc[k,['value','lo','hi']]) for k in HEADLINE)
-    flag = f'<p class="warn">{html.escape(self.words())}.</p>' if self.tuned_here else f'<p>{html.escape(self.words())}.</p>'
+    def tile(k, v, lo, hi): return f'<div class="tile">{k}<b>{_text(v) or "&ndash;"}</b><span>{"not defined here" if np.isnan(v) else "no interval" if np.isnan(lo) else f"{lo:.3f} to {hi:.3f}"}</span></div>'
+    tiles = ''.join(tile(k, *f.loc[k,['value','lo','hi']]) for k in HEADLINE)
+    warn = self.evidence.get('warning')
+    flag = (f'<p class="warn">{html.escape(warn)}.</p>' if warn else '')+(f'<p class="warn">{html.escape(self.words())}.</p>' if self.tuned_here else f'<p>{html.escape(self.words())}.</p>')
     return _section('At a glance', f'<div class="tiles">{tiles}</div>', flag, '<details><summary>How to read these</summary>', _html_dict(READ), '</details>')
 
 @patch
@@ -234,8 +249,8 @@ def _images(self:Report):
 
 @patch
 def _sure(self:Report):
-    parts = ['<p>Intervals hold 95 % of what other patients of the same kind would have given.</p>', _html_table(self.figures.rename(columns=dict(n='resamples')))]
-    if self.against: parts += ['<h3>Beside other models</h3><p>Differences on the same resampled patients, each model at the threshold that is best for it on these images.</p>', _html_table(self.compared())]
+    parts = ['<p>95 % intervals: the middle of what comes out when the patients are drawn again, with replacement; one model and one threshold, so training and tuning add nothing to them.</p>', _html_table(self.figures.rename(columns=dict(n='resamples')))]
+    if self.against: parts += ['<h3>Beside other models</h3><p>Differences on the same resampled patients, all without NMS or shrinking of an operating point, each model at the threshold that is best for it on these images.</p>', _html_table(self.compared())]
     g = self.groups()
     plots = ''.join(_html_figure(plot_subgroups(g, k), f'{k} by group; gray: too few to say') for k in ('AUC','recall') if g[g.figure==k].value.notna().any())
     return _section('How sure, and for whom', *parts, f'<h3>Groups</h3><div class="grid" style="grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))">{plots}</div>',
@@ -247,7 +262,7 @@ def _errors(self:Report, k=6):
     for kind,title in GALLERIES.items():
         pics = ''.join(self._picture(c) for c in error_cases(self.ann, self.preds, self.threshold, kind, k).itertuples())
         gallery += [f'<h3>{title}</h3>', f'<div class="grid">{pics}</div>' if pics else '<p>None.</p>']
-    return _section('Mistakes', '<h3>How many</h3>', _html_table(error_counts(self.ann, self.preds, self.threshold)), '<h3>What repairing them would gain</h3>',
+    return _section('Mistakes', '<h3>How many</h3>', _html_table(error_counts(self.ann, self.preds, self.threshold)), '<h3>What repairing them would gain</h3><p>A repair takes the boxes of one kind away and gives their lesions a perfect box, so each gain is an upper bound, and they do not add up. AP50 is here that of the boxes which are shown, not of all scores as above.</p>',
         *([_html_figure(plot_costs(costs), 'Gain of repairing one kind at a time')] if len(costs)>1 else []), _html_table(costs), *gallery)
 
 @patch
@@ -262,19 +277,20 @@ def _papers(self:Report):
     e = self.known()
     e = {k:v for k,v in e.items() if v is not None}
     checklist = claim(e, self.own)
-    left = int((checklist.answer==OPEN).sum())
+    left = int(checklist.answer.str.contains(OPEN).sum())
     return [_section('Model card', _html_dict(model_card(e, self.name))),
-            _section('CLAIM checklist', f'<p>The Checklist for Artificial Intelligence in Medical Imaging, 2024, in short words. {left} of {len(checklist)} items are to be completed by the author.</p>', _html_table(checklist, index=False))]
+            _section('CLAIM checklist', f'<p>The Checklist for Artificial Intelligence in Medical Imaging, 2024, in short words. {left} of {len(checklist)} items are to be completed by the author.</p>', _html_table(checklist, index=False, stack=True))]
 
-# %% ../nbs/11l_report.ipynb #3039917f
+# %% ../nbs/11l_report.ipynb #2b1cc717
 @patch
 def html(self:Report)->str:
     "The whole report as one page of HTML that loads nothing from anywhere"
-    sections = [self._glance(), self._data(), self._lesions(), self._images(), self._sure(), self._errors(), *self._papers()]
+    with plt.rc_context({'text.parse_math':False}): # a $ in a name is no formula
+        sections = [self._glance(), self._data(), self._lesions(), self._images(), self._sure(), self._errors(), *self._papers()]
     nav = ''.join(f'<a href="#{k}">{html.escape(t)}</a>' for k,t,_ in sections)
     name = html.escape(self.name)
     return '\n'.join(['<!DOCTYPE html>', f'<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{name}: detection report</title><style>{CSS}</style></head><body>',
-        f'<h1>{name}</h1><p class="sub">Detection report, {date.today().isoformat()}, lungdet {__version__}; {len(self.ann)} images</p>', '<p class="warn">Research and teaching only. Not for clinical use.</p>',
+        f'<h1>{name}</h1><p class="sub">Detection report, {date.today().isoformat()}, lungdet {__version__}; {len(self.ann)} images of {patients(self.ann.images).nunique()} patients, {int((lesion_counts(self.ann)>0).sum())} with a lesion</p>', '<p class="warn">Research and teaching only. Not for clinical use.</p>',
         f'<nav>{nav}</nav>', *(o for *_,o in sections), '</body></html>\n'])
 
 @patch
@@ -283,7 +299,8 @@ def save(self:Report,
 )->Path:          # `path`
     "Write the report, and every figure as JSON and as CSV"
     path,figures = Path(path),self.figures_table()
-    facts = dict(name=self.name, lungdet=__version__, operating_point=self.words(), threshold=self.threshold, chosen_on_these_images=self.tuned_here)
+    facts = dict(name=self.name, lungdet=__version__, date=date.today().isoformat(), images=len(self.ann), patients=int(patients(self.ann.images).nunique()),
+                 judged=self.evidence.get('judged'), warning=self.evidence.get('warning'), resamples=self.n, operating_point=self.words(), threshold=self.threshold, chosen_on_these_images=self.tuned_here)
     rows = json.loads(figures.to_json(orient='records', double_precision=12))
     with atomic_path(path) as p: p.write_text(self.html(), encoding='utf-8')
     with atomic_path(path.with_suffix('.csv')) as p: figures.to_csv(p, index=False)

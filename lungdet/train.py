@@ -329,11 +329,11 @@ def _check(cfg):
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 
-# %% ../nbs/17a_train.ipynb #aee6650c
+# %% ../nbs/17a_train.ipynb #b26e9e72
 def evaluate_run(
     run:str|Path, # Folder of a finished run
     ann:Annotations|None=None, # Images to judge it on; those that it held back if None
-    out:str|Path|None=None, # Folder of the report, the run's if None
+    out:str|Path|None=None, # Folder of the report; if None the run's, or `judged` in it for other images
     force:bool=False # Judge it also on images that chose its operating point?
 )->Report:
     "Judge a finished run, other images at the operating point chosen on those it held back; writes `report.html`, `.json` and `.csv`"
@@ -344,22 +344,24 @@ def evaluate_run(
     if same: ann,preds = own.part('valid'),pd.read_csv(run/'predictions.csv', dtype={'image_id':'string','label':'string'})
     else:
         ids = [set(patients(o.images).dropna())|set(o.images.image_id) for o in (own.part('train'),ann)]
-        if met := ids[0]&ids[1]: print(f"{len(met)} images or patients were trained on, such as {sorted(met)[0]}: this is no test")
+        met = ids[0]&ids[1]
+        if met: print(f"{len(met)} images or patients were trained on, such as {sorted(met)[0]}: this is no test")
         preds = detect(detector_learner(run/'detector.safetensors', Annotations(ann.images.assign(split='valid'), ann.boxes, ann.classes)), ann)
-    point = None if same else OperatingPoint.load(run/'point.json') if (run/'point.json').exists() else scores['threshold']
+    point = None if same else OperatingPoint.load(run/'point.json') if (run/'point.json').exists() else scores['threshold'] # nothing to choose it by: no lesion, or no box
     who = [characteristics(own)]+([] if same else [characteristics(Annotations(ann.images.assign(split='judged'), ann.boxes, ann.classes))])
     evidence = dict(who=pd.concat(who, axis=1), settings=read_config(run/'config.toml', schema), provenance=json.loads((run/'provenance.json').read_text()))
-    report = Report(ann, preds, run.name, point, evidence|(dict(judged='validation') if same else {}), force=force)
-    report.save(Path(out or run)/'report.html')
+    evidence |= dict(judged='validation') if same else dict(warning=f'{len(met)} images or patients of these were trained on, so this is no test') if met else {}
+    report = Report(ann, preds, run.name, point, evidence, force=force)
+    report.save(Path(out or (run if same else run/'judged'))/'report.html')
     return report
 
-# %% ../nbs/17a_train.ipynb #50768484
+# %% ../nbs/17a_train.ipynb #dfdac4a9
 def main_evaluate(argv=None)->int: # Exit code
     "`lungdet-evaluate`"
     p = argparse.ArgumentParser('lungdet-evaluate', description="Judge a trained run: on the images it held back, or on an annotated folder.")
     p.add_argument('run', help="folder of the run, as lungdet-train left it")
     p.add_argument('changes', nargs='*', metavar='key=value', help="keys of the section [data], such as format=coco path=labels.json; none for the images held back")
-    p.add_argument('--out', help="folder of the report (that of the run)")
+    p.add_argument('--out', help="folder of the report (that of the run, or `judged` in it for other images)")
     p.add_argument('--force', action='store_true', help="also on images that chose the operating point")
     a = p.parse_intermixed_args(argv)
     def work():
@@ -368,7 +370,7 @@ def main_evaluate(argv=None)->int: # Exit code
             own = read_config(Path(a.run)/'config.toml', schema)['data'] # pictures made as those it was trained on
             ann = read_images(**read_config(None, Schema(data=keys_of(read_images)), [*(f'{k}={own[k]}' for k in ('png_size','fit')), *a.changes])['data'])
         print(evaluate_run(a.run, ann, a.out, a.force).table().T.to_string(header=False))
-        print(f"see {Path(a.out or a.run)/'report.html'}")
+        print(f"see {Path(a.out or (Path(a.run)/'judged' if a.changes else a.run))/'report.html'}")
     return _stop('lungdet-evaluate', work)
 
 # %% ../nbs/17a_train.ipynb #699cf495

@@ -41,7 +41,7 @@ def test_each_key_alone(key):
 @pytest.mark.parametrize('name', [o.stem for o in experiments.glob('*.toml')])
 def test_the_settings_of_every_experiment_give_answers(name):
     t = claim(dict(settings=read_config(config_file(name), schema))).set_index('item')
-    assert (t.answer[[9,19,20,22,24,25,26,27]]!=OPEN).all() and not t.answer.str.contains(r'\b(?:none|nan)\b|{', regex=True, case=False)[[9,19,22,25]].any()
+    assert (t.answer[[9,19,20,22,24,25,26,27]]!=OPEN).all() and 'batches of' in t.answer[25] and ('DICOM' in t.answer[9])==(name!='nih') and not t.answer.str.contains(r'\b(?:none|nan)\b|{', regex=True, case=False)[[9,19,22,25]].any()
 
 def test_no_path_of_a_machine_gets_into_it():
     t = claim(dict(settings=dict(data=dict(split='/home/somebody/secret/split.json', valid=.2, seed=1, path='/home/somebody/data'))))
@@ -58,7 +58,18 @@ def test_bad_evidence():
     with pytest.raises(ValueError, match="judged='train'"): model_card({'judged':'train'}, 'm')
 
 def test_results_say_what_they_were_measured_on():
-    f = pd.DataFrame(dict(value=[.5,.25],lo=[.4,.2],hi=[.6,.3]), index=['AUC','sensitivity'])
+    f = pd.DataFrame(dict(value=[.5,.25],lo=[.4,.2],hi=[.6,.3],n=[500,499]), index=['AUC','sensitivity'])
     for judged,item in (('validation',32),('internal test',32),('external',33)):
         r = claim_results(dict(figures=f, judged=judged))
-        assert {32,33}&set(r)=={item} and r[37]=='AUC 0.500 (0.400 to 0.600)' and r[38]=='sensitivity 0.250 (0.200 to 0.300)'
+        assert {32,33}&set(r)=={item} and r[37]=='AUC 0.500 (0.400 to 0.600)' and r[38]=='sensitivity 0.250 (0.200 to 0.300)' and '500 resamples' in r[29]
+    r = claim_results(dict(figures=f.assign(lo=np.nan, value=[np.nan,.25])))
+    assert r[37]=='AUC not defined' and r[38]=='sensitivity 0.250 (no interval)'
+
+def test_several_findings_count_each_and_ages_are_possible():
+    who = characteristics(annot(category=['Mass|Nodule','Mass',None,'No Finding'], age=[411,50,50,50]))['all']
+    assert who[['category Mass','category Nodule','category No Finding']].tolist()==['2 (67%)','1 (33%)','1 (33%)'] and who[['age, median (quartiles)','age not known']].tolist()==['50 (50 to 50)','1']
+
+def test_what_speaks_against_it_is_said():
+    t = claim(dict(settings=dict(data=dict(valid=.2, seed=1)), warning='3 patients were trained on')).set_index('item')
+    assert t.answer[20]=='3 patients were trained on'
+    assert 'classify for 5 epochs' in claim_model(dict(settings=dict(model=dict(pretrained=True), train=dict(classify=5))))[24]

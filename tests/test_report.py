@@ -56,7 +56,8 @@ def test_a_point_is_used_and_refuses_its_own_images(case):
     assert not r.tuned_here and r.threshold==point.threshold and '30 other images' in r.words() and 'shrunk to 0.9' in r.words()
     assert r.figures.value.RSNA==pytest.approx(rsna_score(test, point.apply(on(test))))
     with pytest.raises(ValueError, match='chosen on 30 images'): Report(tune, on(tune), 'm', point, n=20)
-    assert Report(tune, on(tune), 'm', point, n=20, force=True).threshold==point.threshold
+    forced = Report(tune, on(tune), 'm', point, n=20, force=True)
+    assert forced.threshold==point.threshold and forced.tuned_here and 'flatters' in forced.words()
     assert Report(test, on(test), 'm', .3, n=20).threshold==.3 and 'given' in Report(test, on(test), 'm', .3, n=20).words()
 
 def test_page_is_whole_and_loads_nothing(report, tmp_path):
@@ -101,8 +102,11 @@ def test_bad_input(case):
     ann,preds = case
     with pytest.raises(ValueError, match='no image to judge'): Report(ann.where(np.zeros(len(ann),bool)), preds[:0])
     with pytest.raises(ValueError, match='logits'): Report(ann, preds.assign(score=3.))
-    with pytest.raises(ValueError, match="no place for \\['judge'\\]"): Report(ann, preds, evidence=dict(judge=1), n=10).html()
+    with pytest.raises(ValueError, match="no place for \\['judge'\\]"): Report(ann, preds, evidence=dict(judge=1), n=10)
     with pytest.raises(ValueError, match='percent'): Report(ann, preds, point=30)
+    with pytest.raises(ValueError, match='1 to 44'): Report(ann, preds, own={45:'x'})
+    with pytest.raises(ValueError, match='model itself'): Report(ann, preds, 'm', against={'m':preds})
+    with pytest.raises(ValueError, match='no image of this id'): Report(ann, preds, against={'o':preds.assign(image_id='z')})
 
 def test_shows_itself_in_a_notebook(report):
     assert parsed(report._repr_html_()).text.count(EVIL)==1 and report.show(300).data.count('srcdoc')==1
@@ -130,3 +134,15 @@ def test_in_a_browser(report, browser, tmp_path, width):
     assert page.evaluate("Math.min(...[...document.querySelectorAll('p,td,th,figcaption,span')].map(o => parseFloat(getComputedStyle(o).fontSize)))")>=13
     page.click('nav a >> text=CLAIM'); assert page.evaluate("document.getElementById('claim-checklist').getBoundingClientRect().top")<200
     page.close()
+
+def test_names_are_no_formulas_and_many_categories_are_legible(tmp_path):
+    ids = {f'$x^${k}':ONE if k%2 else [] for k in range(14)}
+    ann = annot(ids, category=[f'$a^${k}' for k in range(14)])
+    ann = type(ann)(ann.images, ann.boxes.assign(label='$y^$'), ['$y^$'])
+    page = parsed(Report(ann, frame({i:ONE for i in ids}, np.full(14,.5)).assign(label='$y^$'), 'm', n=10, evidence=dict(warning='5 < 6 were trained on')).save(tmp_path/'r.html').read_text())
+    assert '5 < 6 were trained on' in page.text
+
+def test_other_models_are_compared_as_detect_left_them(case):
+    ann,preds = case
+    r = Report(ann, preds, 'm', OperatingPoint(.3, shrink=.5), n=20, against={'same':preds})
+    assert (r.compared().difference==0).all() and r.figures.value.AP50<coco_map(ann, preds).AP50
