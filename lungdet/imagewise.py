@@ -25,7 +25,7 @@ def per_class(ann:Annotations, preds:pd.DataFrame)->dict: # Class name -> `Annot
     if not ann.classes: raise ValueError("the annotations name no class, so there is nothing to tell apart; give Annotations its `classes`")
     return {c:(Annotations(ann.images, ann.boxes[ann.boxes.label==c], [c]), p[p.label==c]) for c in ann.classes}
 
-# %% ../nbs/11g_imagewise.ipynb #c01d1b1f
+# %% ../nbs/11g_imagewise.ipynb #1a8ad97f
 CALL_FIGURES = ['AUC','sensitivity','specificity','PPV','NPV','accuracy']
 
 def _levels(ann, preds, thresholds): # Class name -> its threshold; class name -> what `image_level` says
@@ -42,8 +42,9 @@ def image_table(
     t,lv = _levels(ann, preds, thresholds)
     of = pd.DataFrame(lv).T.rename_axis('class')[CALL_FIGURES]
     sums = pd.DataFrame([of.mean(),of.count()], index=['macro','defined'])
-    of.insert(0, 'n', len(ann)); of.insert(1, 'positive', [int(o.tp+o.fn) for o in lv.values()]); of.insert(2, 'threshold', [t[c] for c in of.index])
-    return pd.concat([of,sums]).astype({'n':'Int64','positive':'Int64'}).rename_axis('class')
+    counts = pd.DataFrame(dict(n=len(ann), positive=[int(o.tp+o.fn) for o in lv.values()], threshold=[float(t[c]) for c in of.index]), of.index)
+    both = pd.DataFrame(dict(n=[len(ann),len(of)], positive=[ann.boxes.image_id.nunique(),int((counts.positive>0).sum())], threshold=np.nan), sums.index)
+    return pd.concat([pd.concat([counts,both]), pd.concat([of,sums])], axis=1).rename_axis('class')
 
 # %% ../nbs/11g_imagewise.ipynb #23b59bc5
 def confusion(
@@ -135,17 +136,18 @@ def plot_reliability(
     ax.set(xlabel='score', ylabel='share of positives', xlim=(-.02,1.02), ylim=(-.02,1.02))
     return ax
 
-# %% ../nbs/11g_imagewise.ipynb #53f4f0d7
+# %% ../nbs/11g_imagewise.ipynb #f61c5747
 @dataclass(frozen=True)
 class Temperature:
     "Scores whose log-odds are divided by `T` and then moved by `bias`"
     T:float=1.     # Above 1: less sure
     bias:float=0.  # Added to the log-odds
     n:int=0        # Images (times classes) it was fitted on
-    silent:float=np.nan # Share of positives among those without a box, which have no score to correct
+    silent:float|None=None # Share of positives among those without a box, which have no score to correct
 
     def __post_init__(self):
         if not 0<self.T<np.inf: raise ValueError(f"a temperature of {self.T} would turn the order of scores around or level them; it must be positive")
+        if not np.isfinite(self.bias): raise ValueError(f"a bias of {self.bias} would make all scores alike")
 
     def __call__(self, scores)->np.ndarray: # (n,) from 0 to 1
         "Calibrated `scores`, in the same order; use it on thresholds too"
@@ -155,7 +157,7 @@ class Temperature:
         "`preds` with calibrated scores"
         return preds.assign(score=self(preds.score))
 
-# %% ../nbs/11g_imagewise.ipynb #fd8bea95
+# %% ../nbs/11g_imagewise.ipynb #6eb20322
 _LIMIT = 50. # a larger T would make all scores the same
 
 def _minimum(z, y, bias): # 1/T, bias and the summed log loss there
@@ -184,4 +186,4 @@ def fit(cls:Temperature,
     if bias is None: bias = two[2]+np.log(len(o))/2<one[2]
     a,b,_ = two if bias else one
     if a<1.01/_LIMIT: raise ValueError(f"the scores of {len(o)} images do not rank positive above negative ones, so no T is large enough; the wrong predictions?")
-    return cls(float(1/a), float(b), len(o), float(silent))
+    return cls(float(1/a), float(b), len(o), None if np.isnan(silent) else float(silent))

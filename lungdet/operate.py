@@ -16,12 +16,13 @@ from .evaluate import check_predictions, lesion_counts, match_detections, pred_c
 from .formats import Annotations
 from .splits import patients
 
-# %% ../nbs/11h_operate.ipynb #1eb31848
+# %% ../nbs/11h_operate.ipynb #8b981702
 def nms_table(
     preds:pd.DataFrame, # Predictions, with `pred_cols`
     thr:float           # IoU
 )->pd.DataFrame:        # The rows that remain, in their order
     "Non-maximum suppression of `preds` within each class of each image"
+    if not 0<=thr<=1: raise ValueError(f"thr={thr} is no overlap; it is between 0 and 1")
     b,s = torch.tensor(preds[XYXY].to_numpy(float)),torch.tensor(preds.score.to_numpy(float))
     groups = [torch.as_tensor(i) for i in preds.groupby(['image_id','label'], sort=False).indices.values()]
     keep = [i[nms(b[i], s[i], thr=thr)] if len(i)>1 else i for i in groups]
@@ -38,7 +39,7 @@ def shrink_boxes(
     mid = b.mean(1, keepdims=True)
     return preds.assign(**dict(zip(XYXY, (mid+(b-mid)*by).reshape(-1,4).T)))
 
-# %% ../nbs/11h_operate.ipynb #691eea56
+# %% ../nbs/11h_operate.ipynb #5de00047
 def _seal(*parts): return hashlib.sha256('\n'.join(parts).encode('utf-8','surrogateescape')).hexdigest()[:16]
 
 def _seals(ann, salt): # Of the image and of the patient of each image, two arrays (N,)
@@ -60,11 +61,13 @@ class OperatingPoint:
     def __post_init__(self):
         for k in ('threshold','nms','shrink','detect_nms','score'):
             v = getattr(self, k)
-            if v is not None: object.__setattr__(self, k, float(v)) # no numpy in JSON
+            if v is None and k not in ('nms','score'): raise ValueError(f"{k} is missing; a point needs a number there")
+            if v is not None: object.__setattr__(self, k, v := float(v)) # no numpy in JSON
             if v is not None and k!='score' and not 0<=v<=1: raise ValueError(f"{k}={v} is not between 0 and 1; is it in percent?")
         if not self.shrink: raise ValueError("shrink=0 leaves nothing of a box")
         if self.nms is not None and self.nms>self.detect_nms:
             raise ValueError(f"nms={self.nms} is looser than the {self.detect_nms} of detect, which has removed those boxes already; give detect a larger nms_thr, and say so in detect_nms")
+        if isinstance(self.seen, str) or not isinstance(self.salt, str): raise ValueError("seen is a list of seals and salt a text; these are not")
         object.__setattr__(self, 'seen', frozenset(self.seen))
 
     def __repr__(self):
@@ -125,7 +128,7 @@ def plot_tuning(
     ax.set(xticks=range(grid.shape[1]), xticklabels=[f'{o:g}' for o in grid.columns], yticks=range(len(grid)), yticklabels=grid.index, xlabel='shrink', ylabel='NMS')
     return ax
 
-# %% ../nbs/11h_operate.ipynb #6b426ffb
+# %% ../nbs/11h_operate.ipynb #411f8b5f
 def tune_sensitivity(
     ann:Annotations,    # The truth: a validation split
     preds:pd.DataFrame, # What `detect` found there, at a low `score_thr`
@@ -138,7 +141,9 @@ def tune_sensitivity(
     if level not in ('image','box'): raise ValueError(f"level={level!r} is not known; take 'image' or 'box'")
     if not 0<at_least<=1: raise ValueError(f"at_least={at_least} is not a share above 0; is it in percent?")
     n = lesion_counts(ann)
-    if level=='image': found,total = check_predictions(ann, preds).groupby('image_id').score.max().reindex(n.index[n>0]).dropna(),(n>0).sum()
+    if level=='image':
+        p = check_predictions(ann, preds)
+        found,total = p.score.groupby(p.image_id.to_numpy()).max().reindex(n.index[n>0]).dropna(),(n>0).sum()
     else:
         p,claim = match_detections(ann, preds, (iou,))
         found,total = p.score[claim[:,0]>=0],n.sum()
@@ -167,14 +172,14 @@ def check(self:OperatingPoint,
                          "are of the same patients, so the result would flatter. Judge a test split, or take force=True and say so in the report")
     return self
 
-# %% ../nbs/11h_operate.ipynb #e2f08a57
+# %% ../nbs/11h_operate.ipynb #748cece3
 @patch
 def to_dict(self:OperatingPoint)->dict: return asdict(self)|dict(seen=sorted(self.seen))
 
 @patch(cls_method=True)
 def from_dict(cls:OperatingPoint, d:dict)->OperatingPoint:
     "What `to_dict` gave, or a `ValueError`"
-    try: return cls(**d)
+    try: return cls(**dict(threshold=None)|d)
     except TypeError as e: raise ValueError(f"{str(d)[:60]} is no operating point: {e}") from e
 
 @patch

@@ -8,9 +8,9 @@ __all__ = ['RECALLS', 'IMAGE_FIGURES', 'BOX_FIGURES', 'FIGURES', 'COCO_IOUS', 'C
            'weighted_ap', 'weighted_froc', 'Figures', 'intervals', 'compare', 'bands', 'relative_size', 'group_note',
            'image_groups', 'subgroups', 'plot_subgroups']
 
-# %% ../nbs/11i_uncertain.ipynb #6f0c0656
+# %% ../nbs/11i_uncertain.ipynb #a705ed71
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from .core import MUTED, PRED, TRUTH
+from .core import MUTED, PRED, TRUTH, XYXY
 from .evaluate import FROC_RATES, check_predictions, image_scores, lesion_counts, match_detections, rsna_score
 from .formats import Annotations
 from .splits import patients
@@ -68,13 +68,14 @@ def bootstrap_ci(
         res += [*(ratio(w@total, w@count) if stat is None else [stat(values[np.repeat(rows,o)]) for o in w.astype(int)])]
     return tuple(summarise([np.nan], pd.DataFrame({'stat':np.array(res, dtype=float)}), level)[['lo','hi']].to_numpy()[0].tolist())
 
-# %% ../nbs/11i_uncertain.ipynb #d39eced5
+# %% ../nbs/11i_uncertain.ipynb #47090b47
 def image_sums(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions
     threshold:float     # Score threshold of what is shown
 )->dict:                # Name: what each image adds above and below the line, (N,), (N,)
     "The image-level figures of `preds` at `threshold` that are a ratio of sums over images"
+    preds = check_predictions(ann, preds)
     pos,each = (lesion_counts(ann)>0).to_numpy(),rsna_score(ann, preds, threshold, per_image=True).to_numpy()
     called = ann.images.image_id.isin(preds.image_id[preds.score>=threshold]).to_numpy()
     return {'RSNA':(np.nan_to_num(each),~np.isnan(each)), 'sensitivity':(pos&called,pos), 'specificity':(~pos&~called,~pos),
@@ -158,7 +159,7 @@ def weighted_froc(
     found = np.take_along_axis(np.pad(tp, ((0,0),(1,0))), far, 1)
     return ratio(found.mean(1), w@lesions)
 
-# %% ../nbs/11i_uncertain.ipynb #92e451ae
+# %% ../nbs/11i_uncertain.ipynb #ce4acd23
 IMAGE_FIGURES = ['RSNA','AUC','sensitivity','specificity','PPV','NPV']
 BOX_FIGURES = ['AP50','AP','FROC','precision','recall','F1']
 FIGURES = IMAGE_FIGURES+BOX_FIGURES
@@ -166,10 +167,11 @@ COCO_IOUS,COCO_MOST = np.linspace(.5,.95,10),100
 
 def _coco_rows(ann, preds, ious, mine, counts):
     "For each class: lesions of each image (N,), and for each of `ious` the images and outcomes of its predictions"
-    last_first = Annotations(ann.images, ann.boxes[::-1], ann.classes) # of equal overlaps COCO takes the last lesion
+    def by(o): return np.lexsort([o[k] for k in XYXY[::-1]])
+    images,boxes,rows = np.argsort(ann.images.image_id.to_numpy()),by(ann.boxes)[::-1],by(preds) # as `coco_map`; of equal overlaps COCO takes the last lesion
     mine = np.ones(len(ann.boxes), bool) if mine is None else np.asarray(mine)
-    p,res = outcomes(last_first, preds, ious, False, mine[::-1], counts)
-    few,img = (p.groupby(['img','label']).cumcount()<COCO_MOST).to_numpy(),p.img.to_numpy()
+    p,res = outcomes(Annotations(ann.images.iloc[images], ann.boxes.iloc[boxes], ann.classes), preds.iloc[rows], ious, False, mine[boxes], None if counts is None else np.asarray(counts)[rows])
+    few,img = (p.groupby(['img','label']).cumcount()<COCO_MOST).to_numpy(),images[p.img.to_numpy()]
     lesion = pd.Index(ann.images.image_id).get_indexer(ann.boxes.image_id)
     for c in ann.classes:
         rows = [few&(p.label==c).to_numpy()&(o>=0) for o in res.T]
@@ -180,7 +182,7 @@ def _coco_ap(w, classes, n_ious):
     each = np.array([weighted_ap(w, img, right, lesions) for lesions,rows in classes for img,right in rows[:n_ious]]) # (K*T,R)
     return ratio(np.nansum(each, 0), (~np.isnan(each)).sum(0))
 
-# %% ../nbs/11i_uncertain.ipynb #4f07a84f
+# %% ../nbs/11i_uncertain.ipynb #51f3aa8d
 class Figures:
     "The figures of one model on `ann`, as a function of how often each image counts"
     def __init__(self,
@@ -191,8 +193,9 @@ class Figures:
         mine=None,           # Which of `ann.boxes` are asked about, all if None; for `BOX_FIGURES` only
         counts=None          # Which of `preds` are wrong if they claim nothing, all if None
     ):
-        self.figures,known = list(figures),FIGURES if mine is None else BOX_FIGURES
-        if wrong := [o for o in self.figures if o not in known]: raise ValueError(f"no figure is called {wrong}; there are {known}")
+        self.figures,known = [figures] if isinstance(figures, str) else list(figures),FIGURES if mine is None else BOX_FIGURES
+        if wrong := [o for o in self.figures if o not in known]: raise ValueError(f"no figure is called {wrong}{'' if mine is None else ' for some of the lesions'}; there are {known}")
+        if not self.figures: raise ValueError(f"no figure is asked for; there are {known}")
         if not len(ann): raise ValueError("there is no image to judge; is this the right part of the split?")
         preds = check_predictions(ann, preds)
         self.n,self.width = len(ann),max(len(ann),len(preds))
@@ -312,7 +315,7 @@ def _parts(ann, preds, by, ages, sizes):
         m = (mine==name).to_numpy()
         yield name,ann,preds,dict(mine=m, counts=(counts==name).to_numpy()),ann.images.image_id.isin(ann.boxes.image_id[m]).to_numpy()
 
-# %% ../nbs/11i_uncertain.ipynb #e86c90fa
+# %% ../nbs/11i_uncertain.ipynb #0a0dfbb9
 def subgroups(
     ann:Annotations,        # The truth
     preds:pd.DataFrame,     # Predictions
@@ -331,6 +334,7 @@ def subgroups(
     res = []
     for b,(name,sub,p,kw,pos) in parts:
         names = [o for o in figures if b!='size' or o in BOX_FIGURES]
+        if not names: continue # an image has no size
         info = group_note(sub.images, pos)
         t = intervals(sub, p, threshold, names, n, level, seed, **kw).reset_index()
         note = np.where(t.hi.eq(t.lo)&(info['note']==''), 'no spread', info['note'])

@@ -482,3 +482,26 @@ def test_submission_has_one_class(tmp_path):
     ann = annot({'a':ONE}, classes=[L,'Nodule'])
     for f in (lambda: write_submission(ann, frame({'a':ONE},[.5]), tmp_path/'s.csv'), lambda: read_submission(tmp_path/'s.csv', ann)):
         with pytest.raises(ValueError, match='one class'): f()
+
+@pytest.mark.parametrize('t', [50, -.1, np.nan])
+def test_thresholds_are_scores(t):
+    ann,p = annot({'a':ONE}),frame({'a':ONE}, [.5])
+    for f in (rsna_score, box_level, image_level):
+        with pytest.raises(ValueError, match='in percent'): f(ann, p, t)
+    with pytest.raises(ValueError, match='in percent'): write_submission(ann, p, 'never.csv', t)
+
+def test_tables_with_text_for_numbers_and_with_an_index_of_ids():
+    ann,p = annot({'a':ONE,'b':[]}),frame({'a':ONE,'b':ONE}, [.9,.4])
+    odd = p.assign(score=p.score.astype(str)).set_index('image_id', drop=False)
+    pd.testing.assert_series_equal(image_level(ann, odd, .5), image_level(ann, p, .5))
+    assert rsna_score(ann, odd, .5)==rsna_score(ann, p, .5)==1
+
+def test_froc_curve_ends_at_its_right_edge():
+    ann,p = annot({'a':ONE}),frame({'a':[[500,500,50,50+k] for k in range(12)]+[ONE[0]]}, np.linspace(.9,.1,13)) # found after twelve false positives
+    ax = plot_froc(ann, p)
+    x,y = ax.lines[0].get_data()
+    assert (np.diff(x)>=0).all() and x[-1]==8 and y[-1]==0==froc(ann, p)['8']
+    plt.close('all')
+
+def test_sizes_rise():
+    with pytest.raises(ValueError, match='must rise'): coco_map(annot({'a':ONE}), frame({'a':ONE}, [.5]), areas=(96**2,32**2))

@@ -124,7 +124,7 @@ def test_bad_bins(kw, match):
 @pytest.mark.parametrize('T', [.5,1.,3.])
 def test_the_factor_is_found(T):
     t = Temperature.fit(*drawn(20000, T))
-    assert t.T==pytest.approx(T, rel=.06) and t.bias==0 and t.n==20000 and np.isnan(t.silent)
+    assert t.T==pytest.approx(T, rel=.06) and t.bias==0 and t.n==20000 and t.silent is None
 
 def test_the_bias_is_found_when_there_is_one():
     t = Temperature.fit(*drawn(20000, 2., b=-1.2))

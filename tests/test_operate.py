@@ -244,3 +244,7 @@ def test_damaged_files(tmp_path, text):
     (tmp_path/'p.json').write_text(text)
     with pytest.raises(ValueError, match='p.json holds no operating point'): OperatingPoint.load(tmp_path/'p.json')
     with pytest.raises(ValueError, match='holds no operating point'): OperatingPoint.load(tmp_path/'none.json')
+
+@pytest.mark.parametrize('d', [{}, dict(threshold=None), dict(threshold=.5, salt=None), dict(threshold=.5, seen='abc'), dict(threshold=.5, shrink=None)])
+def test_points_that_lack_something(d):
+    with pytest.raises(ValueError): OperatingPoint.from_dict(d)

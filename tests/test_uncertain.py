@@ -33,7 +33,8 @@ def random_case(seed, classes=('a',), images=12, boxes=1.2, preds=3, tie='betwee
 def made(ann, p, w):
     "The resample that weights `w` describe: copies of pictures, in order, with ids of their own"
     ids = np.repeat(ann.images.image_id.to_numpy(), w)
-    copies = pd.DataFrame(dict(image_id=ids, new=[f'{k}' for k in range(len(ids))]))
+    nth = np.empty(len(ids), int); nth[np.argsort(ids, kind='stable')] = np.arange(len(ids)) # COCO's order of equal scores is that of the ids
+    copies = pd.DataFrame(dict(image_id=ids, new=[f'{k:05d}' for k in nth]))
     def move(df): return copies.merge(df, on='image_id').drop(columns='image_id').rename(columns={'new':'image_id'})
     return Annotations(move(ann.images), move(ann.boxes), ann.classes),move(p)
 
@@ -338,3 +339,10 @@ def test_plot(clinic):
     gray = matplotlib.colors.to_rgba('#7f7f7f')
     assert [tuple(o)==gray for o in ax.collections[1].get_facecolors()]==want.note.str.startswith('too few').tolist()
     plt.close('all')
+
+def test_figures_of_images_have_no_groups_by_size():
+    ann,p = random_case(8)
+    t = subgroups(ann, p, .3, ('size',), ['AUC'], n=5)
+    assert set(t['by'])=={'all'}
+    with pytest.raises(ValueError, match='no figure is asked for'): intervals(ann, p, figures=[])
+    assert list(intervals(ann, p, .3, 'AUC', n=5).index)==['AUC']
