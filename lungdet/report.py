@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['HEADLINE', 'GALLERIES', 'CSS', 'READ', 'Report']
 
-# %% ../nbs/11l_report.ipynb #5ea77c4b
+# %% ../nbs/11l_report.ipynb #1a9d96c0
 import base64, html, io, json, re, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from datetime import date
 from pathlib import Path
 from dataclasses import replace
 from fastcore.basics import patch
+from sklearn.metrics import roc_curve
 from . import __version__
 from .core import CATEGORY_COLORS, MUTED, PRED, TRUTH, atomic_path, work_path
 from .formats import Annotations
@@ -22,19 +23,19 @@ from .uncertain import compare, intervals, plot_subgroups, subgroups
 from .errors import draw_case, error_cases, error_costs, error_counts, image_kinds, plot_costs
 from .card import OPEN, characteristics, check_evidence, claim, model_card
 
-# %% ../nbs/11l_report.ipynb #3ea6dd98
+# %% ../nbs/11l_report.ipynb #6e5288ac
 class Report:
     "One model's predictions, judged from every side"
     def __init__(self,
         ann:Annotations,    # The truth
         preds:pd.DataFrame, # Predictions, with `pred_cols`, also those of low scores
         name:str='model',   # What to call the model
-        point=None,         # An `OperatingPoint`, or a score threshold; if None, the best for the challenge's score on `ann` itself
+        point=None,         # An `OperatingPoint`, or a score threshold; None, if forced: the best for the challenge's score on `ann` itself
         evidence:dict|None=None, # What else is known, see `EVIDENCE` of chapter 11k
         own:dict|None=None, # Your answers to items of CLAIM, by number
         against:dict|None=None, # Predictions of other models on the same images, by name
         n:int=1000,         # Resamples for intervals
-        force:bool=False    # Judge a point on images that chose it?
+        force:bool=False    # Judge images that chose the point, or choose it on them?
     ):
         if not len(ann): raise ValueError("there is no image to judge; is this the right part of the split?")
         preds = check_predictions(ann, preds)
@@ -45,6 +46,7 @@ class Report:
             if k in (name,'the other'): raise ValueError(f"against={k!r} is the name of the model itself, or no name")
             check_predictions(ann, p)
         self.tuned_here = point is None or isinstance(point, OperatingPoint) and any(point.known(ann).values())
+        if point is None and not force: raise ValueError("no operating point: choose one on other images (chapter 11h), or give a score threshold; force=True chooses it on these same images, and the report says so")
         if point is None: point = OperatingPoint(best_threshold(ann, preds)[0])
         elif isinstance(point, OperatingPoint): point.check(ann, force)
         else: point = OperatingPoint(float(point))
@@ -281,7 +283,7 @@ def _papers(self:Report):
     return [_section('Model card', _html_dict(model_card(e, self.name))),
             _section('CLAIM checklist', f'<p>The Checklist for Artificial Intelligence in Medical Imaging, 2024, in short words. {left} of {len(checklist)} items are to be completed by the author.</p>', _html_table(checklist, index=False, stack=True))]
 
-# %% ../nbs/11l_report.ipynb #2b1cc717
+# %% ../nbs/11l_report.ipynb #c80689b4
 @patch
 def html(self:Report)->str:
     "The whole report as one page of HTML that loads nothing from anywhere"
@@ -294,17 +296,29 @@ def html(self:Report)->str:
         f'<nav>{nav}</nav>', *(o for *_,o in sections), '</body></html>\n'])
 
 @patch
+def curves(self:Report)->pd.DataFrame: # `curve`, `x`, `y`, and the `score` that leads there
+    "What the drawings show"
+    pr,sweep,rel = precision_recall(self.ann, self.preds),threshold_sweep(self.ann, self.preds),reliability(self.ann, self.preds)
+    pos = lesion_counts(self.ann)>0
+    roc = roc_curve(pos, image_scores(self.ann, self.preds)) if 0<pos.sum()<len(pos) else ([],[],[])
+    rows = {'precision by recall':(pr.recall,pr.precision,pr.score), 'sensitivity by false positives per image':(pr.fp/len(pos),pr.recall,pr.score), 'RSNA by threshold':(sweep.threshold,sweep.rsna,sweep.threshold),
+            'ROC':roc, 'reliability':(rel.score,rel['share'],rel.score)}
+    return pd.concat([pd.DataFrame(dict(curve=k, x=np.asarray(x), y=np.asarray(y), score=np.asarray(s)), dtype=object) for k,(x,y,s) in rows.items()], ignore_index=True).astype(dict(x=float, y=float, score=float)).replace(np.inf, np.nan)
+
+@patch
 def save(self:Report,
-    path:str|Path # HTML file to write; `.json` and `.csv` of the same name go beside it
+    path:str|Path # HTML file to write; `.json`, `.csv` and `_curves.csv` of the same name go beside it
 )->Path:          # `path`
-    "Write the report, and every figure as JSON and as CSV"
+    "Write the report, and every figure and curve as JSON and as CSV"
     path,figures = Path(path),self.figures_table()
     facts = dict(name=self.name, lungdet=__version__, date=date.today().isoformat(), images=len(self.ann), patients=int(patients(self.ann.images).nunique()),
                  judged=self.evidence.get('judged'), warning=self.evidence.get('warning'), resamples=self.n, operating_point=self.words(), threshold=self.threshold, chosen_on_these_images=self.tuned_here)
-    rows = json.loads(figures.to_json(orient='records', double_precision=12))
+    curves = self.curves()
+    def rows(df): return json.loads(df.to_json(orient='records', double_precision=12))
     with atomic_path(path) as p: p.write_text(self.html(), encoding='utf-8')
     with atomic_path(path.with_suffix('.csv')) as p: figures.to_csv(p, index=False)
-    with atomic_path(path.with_suffix('.json')) as p: p.write_text(json.dumps(facts|dict(figures=rows), indent=1), encoding='utf-8')
+    with atomic_path(path.with_name(f'{path.stem}_curves.csv')) as p: curves.to_csv(p, index=False)
+    with atomic_path(path.with_suffix('.json')) as p: p.write_text(json.dumps(facts|dict(figures=rows(figures), curves=rows(curves)), indent=1), encoding='utf-8')
     return path
 
 # %% ../nbs/11l_report.ipynb #ef231da5

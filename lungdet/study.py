@@ -33,7 +33,7 @@ def run_study(
             rows.append(dict(variant=name, seed=seed)|train(cfg, Path(out)/run_name(cfg)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/17b_study.ipynb #05cc156d
+# %% ../nbs/17b_study.ipynb #f8e0b481
 def summary(
     runs:pd.DataFrame, # As `run_study` gives them
     scores=('AP50','rsna','AUC') # Columns to show
@@ -43,7 +43,7 @@ def summary(
     for k in scores:
         wide = runs.pivot(index='seed', columns='variant', values=k)
         diff = wide.sub(wide[first], axis=0)
-        for v in wide: rows.setdefault(v, {}).update({k:f'{wide[v].mean():.3f} ({wide[v].std():.3f})', f'{k} -': '' if v==first else f'{diff[v].mean():+.3f} [{diff[v].min():+.3f}, {diff[v].max():+.3f}]'})
+        for v in wide: rows.setdefault(v, {}).update({k:f'{wide[v].mean():.3f}'+(f' ({wide[v].std():.3f})' if len(wide)>1 else ''), f'{k} -': '' if v==first else f'{diff[v].mean():+.3f} [{diff[v].min():+.3f}, {diff[v].max():+.3f}]'})
     return pd.DataFrame(rows).T.loc[[*runs.variant.unique()]].rename_axis('variant')
 
 # %% ../nbs/17b_study.ipynb #c47e25b8

@@ -329,14 +329,14 @@ def _check(cfg):
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 
-# %% ../nbs/17a_train.ipynb #b26e9e72
+# %% ../nbs/17a_train.ipynb #6f27e476
 def evaluate_run(
     run:str|Path, # Folder of a finished run
     ann:Annotations|None=None, # Images to judge it on; those that it held back if None
     out:str|Path|None=None, # Folder of the report; if None the run's, or `judged` in it for other images
     force:bool=False # Judge it also on images that chose its operating point?
 )->Report:
-    "Judge a finished run, other images at the operating point chosen on those it held back; writes `report.html`, `.json` and `.csv`"
+    "Judge a finished run, other images at the operating point chosen on those it held back; writes `report.html`, `.json`, `.csv` and `_curves.csv`"
     run = Path(run)
     if not (run/'scores.json').exists(): raise ValueError(f"{run} holds no finished run; did it stop? The command that began it goes on with it")
     own,scores = Annotations.load(run/'annotations'),json.loads((run/'scores.json').read_text())
@@ -351,7 +351,7 @@ def evaluate_run(
     who = [characteristics(own)]+([] if same else [characteristics(Annotations(ann.images.assign(split='judged'), ann.boxes, ann.classes))])
     evidence = dict(who=pd.concat(who, axis=1), settings=read_config(run/'config.toml', schema), provenance=json.loads((run/'provenance.json').read_text()))
     evidence |= dict(judged='validation') if same else dict(warning=f'{len(met)} images or patients of these were trained on, so this is no test') if met else {}
-    report = Report(ann, preds, run.name, point, evidence, force=force)
+    report = Report(ann, preds, run.name, point, evidence, force=same or force) # those held back have chosen their threshold, and the page says so
     report.save(Path(out or (run if same else run/'judged'))/'report.html')
     return report
 

@@ -36,7 +36,7 @@ def case(tmp_path_factory):
     return ann,frame(found, rng.uniform(.2,.9,len(found)))
 
 @pytest.fixture(scope='module')
-def report(case): return Report(*case, EVIL, n=60, own={44:EVIL}, against={'other':case[1].assign(score=case[1].score/2), 'none':case[1][:0]})
+def report(case): return Report(*case, EVIL, force=True, n=60, own={44:EVIL}, against={'other':case[1].assign(score=case[1].score/2), 'none':case[1][:0]})
 
 def test_figures_are_those_of_their_functions(case, report):
     ann,preds = case
@@ -62,7 +62,7 @@ def test_a_point_is_used_and_refuses_its_own_images(case):
 
 def test_page_is_whole_and_loads_nothing(report, tmp_path):
     path = report.save(tmp_path/'new'/'report.html')
-    assert sorted(o.name for o in path.parent.iterdir())==['report.csv','report.html','report.json'] # nothing half-written beside them
+    assert sorted(o.name for o in path.parent.iterdir())==['report.csv','report.html','report.json','report_curves.csv'] # nothing half-written beside them
     text = path.read_text(encoding='utf-8'); page = parsed(text)
     assert not {'script','link','iframe','object','form'}&set(page.tags) and 'url(' not in text
     links,pictures = [o for o in page.src if o.startswith('#')],[o for o in page.src if not o.startswith('#')]
@@ -78,30 +78,33 @@ def test_json_and_csv_hold_every_figure(report, tmp_path):
     facts,table = json.loads(path.with_suffix('.json').read_text()),pd.read_csv(path.with_suffix('.csv'))
     assert facts['name']==EVIL and facts['chosen_on_these_images'] and len(facts['figures'])==len(table)==len(report.figures_table())
     assert set(table.part)=={'all','age','sex','view','size','COCO','FROC','class','difference to'}
+    curves = pd.read_csv(path.with_name('r_curves.csv'))
+    assert len(curves)==len(facts['curves']) and curves.curve.nunique()==5 and curves[['x','y']].notna().all().all()
     auc = table[(table.part=='all')&(table.figure=='AUC')].iloc[0]
     assert auc.value==pytest.approx(report.figures.value.AUC) and auc.lo<=auc.value<=auc.hi
     assert json.loads(re.sub('NaN','null',json.dumps(facts)))==facts # no NaN, which is no JSON
 
 def test_paths_of_a_machine_stay_there(case, tmp_path):
     e = dict(settings=dict(data=dict(path='/home/somebody/data', split='/home/somebody/split.json')), provenance={'torch':'1'}, judged='external')
-    text = Report(*case, 'm', evidence=e, n=10).html()
+    text = Report(*case, 'm', .3, evidence=e, n=10).html()
     assert 'somebody' not in text and '>data<' in text and 'another source' in text
 
 @pytest.mark.parametrize('ids,preds', [({'a':ONE,'b':[]}, {}), ({'a':[],'b':[]}, {'a':ONE}), ({'a':[],'b':[]}, {}), ({'a':ONE}, {'a':ONE})])
 @pytest.mark.filterwarnings('error')
 def test_one_sided_data(ids, preds, tmp_path):
-    r = Report(annot(ids), frame(preds, np.full(len(preds),.5)), 'm', n=20)
+    r = Report(annot(ids), frame(preds, np.full(len(preds),.5)), 'm', force=True, n=20)
     assert parsed(r.save(tmp_path/'r.html').read_text()).tags.count('section')==8
 
 def test_several_classes(tmp_path):
     ann,preds = random_case(5, classes=('a','b'))
-    text = Report(ann, preds, 'm', n=20).html()
+    text = Report(ann, preds, 'm', .3, n=20).html()
     assert 'macro' in parsed(text).text
 
 def test_bad_input(case):
     ann,preds = case
     with pytest.raises(ValueError, match='no image to judge'): Report(ann.where(np.zeros(len(ann),bool)), preds[:0])
     with pytest.raises(ValueError, match='logits'): Report(ann, preds.assign(score=3.))
+    with pytest.raises(ValueError, match='no operating point'): Report(ann, preds)
     with pytest.raises(ValueError, match="no place for \\['judge'\\]"): Report(ann, preds, evidence=dict(judge=1), n=10)
     with pytest.raises(ValueError, match='percent'): Report(ann, preds, point=30)
     with pytest.raises(ValueError, match='1 to 44'): Report(ann, preds, own={45:'x'})
@@ -139,7 +142,7 @@ def test_names_are_no_formulas_and_many_categories_are_legible(tmp_path):
     ids = {f'$x^${k}':ONE if k%2 else [] for k in range(14)}
     ann = annot(ids, category=[f'$a^${k}' for k in range(14)])
     ann = type(ann)(ann.images, ann.boxes.assign(label='$y^$'), ['$y^$'])
-    page = parsed(Report(ann, frame({i:ONE for i in ids}, np.full(14,.5)).assign(label='$y^$'), 'm', n=10, evidence=dict(warning='5 < 6 were trained on')).save(tmp_path/'r.html').read_text())
+    page = parsed(Report(ann, frame({i:ONE for i in ids}, np.full(14,.5)).assign(label='$y^$'), 'm', .3, n=10, evidence=dict(warning='5 < 6 were trained on')).save(tmp_path/'r.html').read_text())
     assert '5 < 6 were trained on' in page.text
 
 def test_other_models_are_compared_as_detect_left_them(case):
