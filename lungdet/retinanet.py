@@ -68,7 +68,7 @@ class RetinaHead(nn.Module):
     def _together(self, levels):
         "What `forward` does, for all of `levels` on one canvas"
         x,gaps,at = on_canvas(levels)
-        for conv,act in self.tower: x = act(conv(x).mul_(gaps))
+        for conv,act in self.tower: x = act(conv(x)*gaps)
         y = self.out(x)
         return [y[:,:,r,c] for r,c in at]
 
