@@ -208,7 +208,7 @@ def _section(title, *parts):
     key = re.sub(r'\W+', '-', title.lower())
     return key,title,f'<section id="{key}"><h2>{html.escape(title)}</h2>'+'\n'.join(parts)+'</section>'
 
-# %% ../nbs/11l_report.ipynb #68725ae6
+# %% ../nbs/11l_report.ipynb #e2ebe3b9
 READ = {'RSNA':'Score of the RSNA 2018 challenge at the operating point; its winner reached .2547 on its own test images',
     'AP50, AP':'Average precision at an IoU of .5, and over .5 to .95, as COCO defines it', 'FROC':'Mean sensitivity for lesions at 1/8 to 8 false positives per image',
     'AUC':'How well the highest score of an image ranks those with a lesion above those without',
@@ -233,6 +233,7 @@ def _data(self:Report):
     return _section('Data', '<p>Who was judged, and who was trained on if that is known.</p>', _html_table(e.get('who', characteristics(self.ann)).fillna('')),
         *(f'<details><summary>{k.capitalize()}</summary>{_html_dict(_public(e[k]))}</details>' for k in ('settings','provenance') if e.get(k)))
 
+# %% ../nbs/11l_report.ipynb #8f2f4e14
 @patch
 def _lesions(self:Report):
     plots = ''.join(_html_figure(ax, k) for k,ax in self.lesion_plots().items())
@@ -249,6 +250,7 @@ def _images(self:Report):
         _html_table(image_table(self.ann, self.preds, self.threshold)[:None if len(self.ann.classes)>1 else 1]), '<h3>Counts at the operating point</h3>', _html_table(confusion(self.ann, self.preds, self.threshold)),
         *(['<h3>If the finding were rarer, or more common</h3>', _html_table(at)] if len(at) else []))
 
+# %% ../nbs/11l_report.ipynb #51a4498a
 @patch
 def _sure(self:Report):
     parts = ['<p>95 % intervals: the middle of what comes out when the patients are drawn again, with replacement; one model and one threshold, so training and tuning add nothing to them.</p>', _html_table(self.figures.rename(columns=dict(n='resamples')))]
@@ -274,6 +276,7 @@ def _picture(self:Report, case):
     draw_case(self.ann, self.preds[(self.preds.score>=self.threshold)|(self.preds.score==case.score)], case, ax, chars=0)
     return _html_figure(ax, f'{case.reason} [{case.image_id}]', dpi=90)
 
+# %% ../nbs/11l_report.ipynb #60c728f6
 @patch
 def _papers(self:Report):
     e = self.known()
