@@ -14,6 +14,7 @@ from pathlib import Path
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('folder'); p.add_argument('changes', nargs='*', help='key=value, as for lungdet-train'); p.add_argument('--base', default='rsna_small')
 p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2]); p.add_argument('--tv-lrs', type=float, nargs='+', default=[1e-4,5e-4,1e-3]); p.add_argument('--out', default='runs/quality')
+p.add_argument('--keep', help='write the results to this CSV')
 args = p.parse_args()
 os.environ['LUNGDET_DATA'] = args.folder
 warnings.filterwarnings('ignore', message='`torch.jit.script`')
@@ -72,8 +73,7 @@ cfg = read_config(experiments/f'{args.base}.toml' if not Path(args.base).exists(
 out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
 ann = load_images(**cfg['data'])
 train_part,valid = ann.part('train'),ann.part('valid')
-groups = patients(valid.images).to_numpy()
-print(ann, f'; {len(valid)} images of {len(set(groups))} patients held back, {len(valid.boxes)} boxes', flush=True)
+print(ann, f'; {len(valid)} images of {patients(valid.images).nunique()} patients held back, {len(valid.boxes)} boxes', flush=True)
 
 def cpu(): return sum(o.ru_utime+o.ru_stime for o in (resource.getrusage(resource.RUSAGE_SELF),resource.getrusage(resource.RUSAGE_CHILDREN)))/60
 def run(name, f):
@@ -103,15 +103,13 @@ print('torchvision, AP50 of the first seed by rate:', {k:round(float(v),3) for k
 runs = {'lungdet':[run(f'lungdet-{s}', lambda: ours(s)) for s in args.seeds], 'torchvision':[run(f'torchvision-{s}-{lr:g}', lambda: theirs(s, lr)) for s in args.seeds]}
 
 names = ['AP50','RSNA','AUC']
-rows,spread,draws = {},{},{}
+models = {k:[(p,o['threshold']) for p,o in v] for k,v in runs.items()}
+spread = {}
 for name,os_ in runs.items():
-    fs = [Figures(valid, p, o['threshold'], names) for p,o in os_]
-    each = pd.concat([f() for f in fs])
+    each = pd.concat([Figures(valid, p, t, names)() for p,t in models[name]])
     spread[name] = {**{k:f'{each[k].mean():.3f} ({each[k].std() if len(each)>1 else 0:.3f})' for k in names}, 'threshold':', '.join(f"{o['threshold']:.2f}" for _,o in os_),
                     'CPU minutes':f"{np.mean([o['minutes'] for _,o in os_]):.1f}"}
-    draws[name] = sum(pd.concat([f(w) for w in patient_weights(groups, width=f.width)], ignore_index=True) for f in fs)/len(fs) # the same patients for all
-    rows[name] = {k:'{:.3f} to {:.3f}'.format(*draws[name][k].quantile([.025,.975])) for k in names}
-d = draws['lungdet']-draws['torchvision']
-rows['difference'] = {k:'{:+.3f} to {:+.3f}'.format(*d[k].quantile([.025,.975])) for k in names}
+res = over_patients(valid, {k:models[k] for k in ('torchvision','lungdet')}, names)
 print('\nMean over the seeds (standard deviation)'); print(pd.DataFrame(spread).T.to_string())
-print('\n95 % interval of that mean, over patients'); print(pd.DataFrame(rows).T.to_string())
+print('\n95 % interval of that mean, over patients, and of the difference to the first'); print(res.round(3).to_string())
+if args.keep: keep_results(res, args.keep, f'RSNA, {len(ann)} radiographs', ann, len(args.seeds))
