@@ -48,10 +48,10 @@ class Volume:
         n,h,w = self.array.shape
         return f"{self.name}: {n} slices of {h} x {w}, voxels of {' x '.join(f'{o:.2f}' for o in self.spacing)} mm"+(f", missing {list(self.missing)}" if self.missing else '')
 
-# %% ../nbs/15_volumes.ipynb #3f73260d
+# %% ../nbs/15_volumes.ipynb #30766af4
 def rough(rng, shape, spacing, mm):
     "Noise (slices,h,w) of mean 0 and deviation 1, as coarse as `mm`; `spacing` of columns, rows, slices in mm"
-    a = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), [mm/o for o in spacing[::-1]], mode='wrap')
+    a = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), [mm/o for o in spacing[::-1]], mode='wrap', truncate=2.5)
     return (a-a.mean())/a.std()
 
 def radius(grid, centre, radii):
