@@ -194,7 +194,7 @@ def slices_of(
     images = pd.DataFrame([r for v in vols for r in _rows(v, folder, window)])
     return Annotations(images, pd.concat([b for b in boxes if len(b)] or boxes, ignore_index=True).assign(label=label), [label])
 
-# %% ../nbs/15_volumes.ipynb #55de8a3a
+# %% ../nbs/15_volumes.ipynb #f355cc35
 def show_strip(
     vol:Volume,
     ks:list,    # Numbers of the slices to show
@@ -209,5 +209,5 @@ def show_strip(
     axs = show_grid([a[k] for k in ks], [o if (o := of(truth,k)) is None else o[XYXY].to_numpy(float) for k in ks], titles=[f'slice {k}' for k in ks], ncols=ncols,
                     **dict(figsize=(1.9*min(ncols,len(ks)), 2.1*-(-len(ks)//ncols)))|kwargs)
     for k,ax in zip(ks,axs):
-        if found is not None: show_boxes(None, of(found,k), ax=ax, color=PRED)
+        if found is not None: show_boxes(None, of(found,k)[XYXY].to_numpy(float), of(found,k).score.tolist(), ax=ax, color=PRED)
     return axs
