@@ -42,11 +42,11 @@ def write_series(
         with atomic_path(folder/f'IM{names[k]:04d}.dcm') as p: ds.save_as(p, enforce_file_format=True)
     return folder
 
-# %% ../nbs/15a_series.ipynb #a200638a
+# %% ../nbs/15a_series.ipynb #74a0ebd8
 _TAGS = ('SeriesInstanceUID SeriesDescription Modality ImageType ImagePositionPatient ImageOrientationPatient PixelSpacing '
          'Rows Columns NumberOfFrames PatientID').split()
 
-def _headers(folder)->pd.DataFrame: # One row per file; `series` '' and a `reason` where the header cannot be read
+def _headers(folder)->pd.DataFrame: # One row per file; `series` is '' if unknown, `reason` says why it is no slice
     "The headers of all DICOMs of `folder`"
     rows = []
     for i,s in sources(folder, 'path').items():
@@ -54,17 +54,18 @@ def _headers(folder)->pd.DataFrame: # One row per file; `series` '' and a `reaso
         try: ds = _parse(s, io.BytesIO(s.read()) if s.member else s.path, stop_before_pixels=True, specific_tags=_TAGS)
         except DicomError as e: rows.append(row|dict(reason=str(e))); continue
         text = dict(series='SeriesInstanceUID', description='SeriesDescription', modality='Modality', patient='PatientID')
-        rows.append(row|{k:_text(ds,v) for k,v in text.items()}|dict(ds=ds, localizer='LOCALIZER' in _text(ds,'ImageType').upper()))
+        why = '' if 'Rows' in ds and 'Columns' in ds else f'{i}: no picture; a report, or a file cut short'
+        rows.append(row|{k:_text(ds,v) for k,v in text.items()}|dict(ds=ds, reason=why, localizer='LOCALIZER' in _text(ds,'ImageType').upper()))
     return pd.DataFrame(rows)
 
 def series_table(
     folder:str|Path # Searched recursively; or a zip
 )->pd.DataFrame: # One row per series: `series` (its UID), `description`, `modality`, `files`, `localizers` among them
-    "What series of DICOM pictures there are in `folder`; files without a picture stand under an empty `series`"
+    "What series of DICOM pictures there are in `folder`; damaged files stand under an empty `series`"
     g = _headers(folder).groupby('series', sort=True)
     return g.agg(description=('description','first'), modality=('modality','first'), files=('file','size'), localizers=('localizer','sum')).reset_index()
 
-# %% ../nbs/15a_series.ipynb #235a5a3d
+# %% ../nbs/15a_series.ipynb #dc36b7d7
 def slice_grid(
     pos:np.ndarray,    # Position of the first voxel of each picture, mm in the patient, (n,3)
     orient:np.ndarray, # Directions of its rows and of its columns, (6,)
@@ -82,11 +83,12 @@ def slice_grid(
     if (same := gap<.01).any():
         i = order[same.argmax()],order[same.argmax()+1]
         raise ValueError(f"{same.sum()} slices are in the place of another, such as {names[i[0]]} and {names[i[1]]}; copies, or several echoes or phases in one series?")
-    step = np.median(gap)
-    n = np.round(gap/step)
-    if (odd := abs(gap/step-n)>tol).any() or n.min()<1:
-        i = odd.argmax()
-        raise ValueError(f"slices are unevenly spaced: {gap[i]:.2f} mm between {names[order[i]]} and {names[order[i+1]]}, {step:.2f} mm in most places")
+    n = np.round(gap/gap.min())
+    step = gap.sum()/n.sum()
+    if (abs(gap/step-n)>tol).any():
+        usual = np.median(gap)
+        i = abs(gap/usual-np.round(gap/usual)).argmax()
+        raise ValueError(f"slices are unevenly spaced: {gap[i]:.2f} mm between {names[order[i]]} and {names[order[i+1]]}, {usual:.2f} mm in most places")
     k = np.zeros(len(t), int); k[order[1:]] = n.cumsum().astype(int)
     along = (pos[order[-1]]-pos[order[0]])/k.max()                      # of one step; not the normal if the gantry was tilted
     off = np.linalg.norm(pos-pos[order[0]]-k[:,None]*along, axis=1)
@@ -115,7 +117,7 @@ def _compact(a):
     if not (a==np.round(a)).all() or abs(a).max()>=2**31: return a.astype(np.float32)
     return a.astype(np.int16 if -2**15<=a.min() and a.max()<2**15 else np.int32)
 
-# %% ../nbs/15a_series.ipynb #caffc420
+# %% ../nbs/15a_series.ipynb #97cf3257
 def _numbers_of(ds, k, n, name):
     "The `n` numbers that the element `k` of `ds` holds"
     try: v = [float(o) for o in ds.get(k) or []]
@@ -130,7 +132,7 @@ def _choose(df, series, folder):
         lines = '\n'.join(f"  {u}: {g.description.iloc[0] or 'no description'}, {len(g)} files" for u,g in df[df.reason==''].groupby('series'))
         raise ValueError(f"{Path(folder).name} has {len(known)} series; choose one with series=\n{lines}")
     if not known or (series or known[0]) not in known: raise ValueError(f"{Path(folder).name} has no series {series!r}, but {known}")
-    df = df[(df.series==(series or known[0]))&~df.localizer]
+    df = df[(df.series==(series or known[0]))&~df.localizer&(df.reason=='')]
     if not len(df): raise ValueError(f"{Path(folder).name}: all pictures of this series are localizers; is the scan another one?")
     if len(who := df.patient.unique())>1: raise ValueError(f"{Path(folder).name}: one series of {len(who)} patients; were two studies joined?")
     return df.reset_index(drop=True)
@@ -147,7 +149,7 @@ def _one_shape(df):
         if other.any(): raise ValueError(f"two {what} in one series: {rows[0,cols].tolist()} in {df.file[0]} and {rows[other][0,cols].tolist()} in {df.file[other.argmax()]}; is a localizer among them?")
     return rows[0,:6],rows[0,6:8]
 
-# %% ../nbs/15a_series.ipynb #0a2f8cdc
+# %% ../nbs/15a_series.ipynb #7de4ba1e
 def read_series(
     folder:str|Path, # Searched recursively; or a zip
     series:str|None=None, # Its UID, if there are several
@@ -156,10 +158,10 @@ def read_series(
 )->Volume:
     "The CT or MR series in `folder`, slices as they were acquired, sorted along their normal"
     if incomplete not in ('raise','accept'): raise ValueError(f"incomplete must be 'raise' or 'accept', not {incomplete!r}")
-    df = _headers(folder)
-    bad = df[df.reason!='']
-    if len(bad) and incomplete=='raise': raise ValueError(f"{len(bad)} of {len(df)} files cannot be read, such as {bad.reason.iloc[0]}; incomplete='accept' goes on without them")
-    df = _choose(df, series, folder)
+    every = _headers(folder)
+    df = _choose(every, series, folder)
+    bad = every[(every.reason!='')&every.series.isin(['',df.series[0]])] # a report has a series of its own
+    if len(bad) and incomplete=='raise': raise ValueError(f"{len(bad)} of {len(every)} files cannot be read, such as {bad.reason.iloc[0]}; incomplete='accept' goes on without them")
     orient,spacing = _one_shape(df)
     k,affine = slice_grid(np.array([_numbers_of(o,'ImagePositionPatient',3,f) for f,o in zip(df.file,df.ds)]), orient, spacing, df.file.tolist())
     missing = tuple(sorted({*range(k.max()+1)}-{*k.tolist()}))
@@ -167,7 +169,11 @@ def read_series(
         step,(a,b) = np.linalg.norm(affine[:3,2]),(df.file[k==max(k[k<missing[0]])].iloc[0],df.file[k==min(k[k>missing[0]])].iloc[0])
         raise ValueError(f"{len(missing)} of {k.max()+1} slices are missing, the first between {a} and {b}, where slices are {step:.2f} mm apart; incomplete='accept' leaves them empty")
     array = np.full((k.max()+1, df.ds[0].Rows, df.ds[0].Columns), np.nan, np.float32)
-    for i,s in zip(k, df.source): array[i] = _values(s)
+    for i,s in zip(k, df.source):
+        try: array[i] = _values(s)
+        except DicomError:
+            if incomplete=='raise': raise
+            missing = tuple(sorted({*missing,int(i)}))
     return Volume(_compact(array), affine, name or df.series[0], df.patient[0] or None, missing)
 
 # %% ../nbs/15a_series.ipynb #1a56c660

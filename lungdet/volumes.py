@@ -73,16 +73,16 @@ def head(rng, grid, spacing):
     for at,v in ((.84,.12), (.88,.06), (.95,.62), (1.,0.)): a = np.where(r>at, v, a) # fluid, skull, scalp, air
     return a, r
 
-# %% ../nbs/15_volumes.ipynb #5262e4c0
+# %% ../nbs/15_volumes.ipynb #412ac9d9
 LESION = ['x1','y1','z1','x2','y2','z2'] # corners of a box in mm of the grid
 
 def _places(rng, grid, r, n, radii):
-    "`n` ellipsoids inside of the brain that do not touch: centre and radii, (n,6)"
-    inside,res = np.argwhere(r<.68),[]
+    "`n` ellipsoids inside of the brain and of the scan that do not touch: centre and radii, (n,6)"
+    inside,res,ends = np.argwhere(r<.68),[],np.array([[g.min(),g.max()] for g in grid]).T
     while len(res)<n:
         k,i,j = inside[rng.integers(len(inside))]
         c,s = np.array([grid[0][0,0,j], grid[1][0,i,0], grid[2][k,0,0]])+rng.uniform(-.5,.5,3),rng.uniform(*np.transpose(radii))
-        if all(np.linalg.norm(c-o[:3])>max(s)+max(o[3:])+4 for o in res): res.append(np.r_[c,s])
+        if (c-s>ends[0]).all() and (c+s<ends[1]).all() and all(np.linalg.norm(c-o[:3])>max(s)+max(o[3:])+4 for o in res): res.append(np.r_[c,s])
     return np.array(res).reshape(-1,6)
 
 def make_volume(

@@ -67,7 +67,7 @@ def test_slices_are_pictures_with_boxes_around_the_mask(head, tmp_path):
     vol,mask,_ = head
     ann = slices_of([vol], tmp_path, [mask], label='plaque')
     assert ann.classes==['plaque'] and len(ann)==16 and ann.images.patient_id.eq('P005').all()
-    assert (load_picture(ann.images.path[7])==gray(vol)[7]).all()
+    assert (load_picture(ann.images.path[7], mode='gray')==gray(vol)[7]).all()
     for r in ann.boxes.itertuples():
         m = mask[int(r.image_id[-3:])]==r.lesion
         x1,y1,x2,y2 = (int(getattr(r,o)) for o in XYXY)
