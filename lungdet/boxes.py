@@ -125,22 +125,24 @@ def soft_nms(
 def fuse_boxes(
     boxes:list,  # One tensor of boxes for each model, each (n_i,4)
     scores:list, # The scores of each, each (n_i,)
-    thr:float=.55 # Boxes with a larger IoU than this are taken for the same thing
+    thr:float=.55, # Boxes with a larger IoU than this are taken for the same thing
+    weights:list|None=None # How much each model counts; all alike if None
 )->tuple:        # Fused boxes, best first, (k,4), and their scores, (k,)
     "Weighted boxes fusion of the `boxes` of several models, of one class"
-    n_models,b,s = len(boxes),torch.cat(list(boxes)).float(),torch.cat(list(scores)).float()
-    model = torch.cat([torch.full((len(o),),i) for i,o in enumerate(boxes)]).tolist() # which model each box is of
-    groups,fused = [],b.new_empty(0,4)
-    for i in s.argsort(descending=True).tolist():
+    b,s = torch.cat(list(boxes)).float(),torch.cat(list(scores)).float()
+    model = torch.cat([torch.full((len(o),),i) for i,o in enumerate(boxes)]) # which model each box is of
+    weights = torch.ones(len(boxes)) if weights is None else torch.as_tensor(weights).float()
+    trust,groups,fused = s*weights[model],[],b.new_empty(0,4)
+    for i in trust.argsort(descending=True).tolist():
         overlap = iou(b[i][None], fused)[0]
         if len(groups) and overlap.max()>thr: g = overlap.argmax().item()
         else:
             g,fused = len(groups),torch.cat([fused,b[i][None]])
             groups.append([])
         groups[g].append(i)
-        w = s[groups[g]][:,None]
-        fused[g] = (b[groups[g]]*w).sum(0)/w.sum()
-    seen = s.new_tensor([len({model[i] for i in g})/n_models for g in groups]) # share of models that saw it
-    score = s.new_tensor([s[g].mean() for g in groups])*seen
+        t = trust[groups[g]][:,None]
+        fused[g] = (b[groups[g]]*t).sum(0)/t.sum()
+    seen = s.new_tensor([weights[model[g].unique()].sum()/weights.sum() for g in groups]) # share of models that saw it
+    score = s.new_tensor([trust[g].sum()/weights[model[g]].sum() for g in groups])*seen
     order = score.argsort(descending=True)
     return fused[order],score[order]

@@ -73,3 +73,33 @@ def test_fusion_by_hand():
     torch.testing.assert_close(s, torch.tensor([.4]))
     b,s = fuse_boxes([torch.tensor([[0.,0,10,10]]),torch.empty(0,4)], [torch.tensor([.6]),torch.empty(0)])
     torch.testing.assert_close(s, torch.tensor([.3]))
+
+def literal_fusion(boxes, scores, weights, thr):
+    "Solovyev et al., section 3, one box at a time in plain Python; the score is the `box_and_model_avg` of their package"
+    rows = sorted(((s*w, b, m, s) for m,(bs,ss,w) in enumerate(zip(boxes,scores,weights)) for b,s in zip(bs,ss)), key=lambda o: -o[0])
+    clusters,fused = [],[]
+    def overlap(a, b):
+        w,h = min(a[2],b[2])-max(a[0],b[0]),min(a[3],b[3])-max(a[1],b[1])
+        i = max(w,0)*max(h,0)
+        return i/((a[2]-a[0])*(a[3]-a[1])+(b[2]-b[0])*(b[3]-b[1])-i)
+    for row in rows:
+        best = max(range(len(fused)), key=lambda k: overlap(row[1],fused[k]), default=None)
+        if best is None or overlap(row[1],fused[best])<=thr: best = len(fused); clusters.append([]); fused.append(None)
+        clusters[best].append(row)
+        total = sum(o[0] for o in clusters[best])
+        fused[best] = [sum(o[0]*o[1][k] for o in clusters[best])/total for k in range(4)]
+    score = [sum(o[0] for o in c)/sum(weights[o[2]] for o in c)*sum(weights[m] for m in {o[2] for o in c})/sum(weights) for c in clusters]
+    order = sorted(range(len(score)), key=lambda k: -score[k])
+    return [fused[k] for k in order],[score[k] for k in order]
+
+@given(seeds, st.lists(st.integers(0,12), min_size=1, max_size=4), st.floats(.2,.8), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_fusion_is_that_of_the_paper(seed, n, thr, weighed):
+    g = torch.Generator().manual_seed(seed)
+    boxes,scores = [random_boxes(k,seed+i,40.) for i,k in enumerate(n)],[torch.rand(k,generator=g)*.98+.01 for k in n]
+    weights = (torch.rand(len(n),generator=g)+.1).tolist() if weighed else [1.]*len(n)
+    b,s = fuse_boxes(boxes, scores, thr, weights if weighed else None)
+    B,S = literal_fusion([o.tolist() for o in boxes], [o.tolist() for o in scores], weights, thr)
+    assert len(s)==len(S)
+    torch.testing.assert_close(s, torch.tensor(S), atol=1e-5, rtol=1e-4)
+    if len(S): torch.testing.assert_close(b, torch.tensor(B), atol=1e-3, rtol=1e-4)
