@@ -8,10 +8,11 @@ __all__ = ['retina_splitter', 'detector_adam', 'DetectionLearner', 'retinanet_le
 
 # %% ../nbs/10_learner.ipynb #60934365
 import torch, pandas as pd
+import torch.nn.functional as F
 from pathlib import Path
 from fastai.vision.all import Learner, L, Adam, progress_bar
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
-from .boxes import area, clip_boxes, nms
+from .boxes import area, clip_boxes
 from .formats import Annotations
 from .pictures import load_picture
 from .data import detection_dls, picture_fit, PAD
@@ -41,8 +42,8 @@ def detector_adam(
 
 # %% ../nbs/10_learner.ipynb #8c7965e0
 class DetectionLearner(Learner):
-    "fastai's `Learner`, whose `tta` knows that boxes move with their picture"
-    def tta(self, ann=None, **kwargs): return detect(self, ann, flip=True, **kwargs)
+    "fastai's `Learner` without its `tta`, which does not know that boxes move with their picture; chapter 14 has one that does"
+    def tta(self, *args, **kwargs): raise ValueError("fastai's tta would mix the boxes of a picture with those of its mirror image; `from lungdet.ensemble import *` brings one that knows better")
 
 # %% ../nbs/10_learner.ipynb #93e57775
 def retinanet_learner(
@@ -78,7 +79,8 @@ def detect(
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
     score_thr:float=.05, # Drop detections that score less
     nms_thr:float=.5, # Of two boxes that overlap by more, the better stays
-    flip:bool=False, # Look at the mirror image too, and keep the better of each two boxes that overlap?
+    flip:bool=False, # Look at the mirror images instead, and mirror the boxes back?
+    size:int|None=None, # Side to which the pictures are resized before the model sees them, px; that of training if None
     progress:bool=False, # Show a progress bar?
     point=None, # An `OperatingPoint` (chapter 11h): give what it leaves, with the NMS that it was made for
     **kwargs # For `postprocess`
@@ -87,17 +89,18 @@ def detect(
     if point is not None: score_thr,nms_thr = min(score_thr, point.threshold),point.detect_nms
     items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
     dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[]
-    def found(x): return [o[o[:,5]!=PAD] for o in postprocess(model(x), loss.anchors, loss.size, score_thr, nms_thr, **kwargs).cpu()]
+    side = loss.size if size is None else (size,size)
+    def found(x, *more): return [o[o[:,5]!=PAD] for o in postprocess(model(_seen(x, side, flip), *more), loss.anchors, side, score_thr, nms_thr, **kwargs).cpu()]
     with torch.inference_mode():
-        for x, in progress_bar(dl) if progress else dl:
-            out += [_both(a, b, loss.size[1], nms_thr)[:kwargs.get('max_det',100)] for a,b in zip(found(x),found(x.flip(-1)))] if flip else found(x)
-    res = pd.concat([_rows(o, it, loss.size, learn.dls.classes) for o,it in zip(out,items)], ignore_index=True)
+        for xb in progress_bar(dl) if progress else dl: out += found(*xb)
+    if flip: out = [torch.cat([side[1]-o[:,[2]], o[:,[1]], side[1]-o[:,[0]], o[:,3:]], 1) for o in out]
+    res = pd.concat([_rows(o, it, side, learn.dls.classes) for o,it in zip(out,items)], ignore_index=True)
     return res if point is None else point.apply(res).reset_index(drop=True)
 
-def _both(a, b, width, thr):
-    "Detections `a` (n,6) and `b` (m,6), of the mirror image of a picture of `width`; of two that overlap the better"
-    o = torch.cat([a, torch.cat([width-b[:,[2]], b[:,[1]], width-b[:,[0]], b[:,[3]], b[:,4:]], 1)])
-    return o[nms(o[:,:4], o[:,4], o[:,5].long(), thr)]
+def _seen(x, side, flip):
+    "Pictures `x` (N,C,h,w) at another `side` (height, width), and mirrored, if so"
+    if x.shape[-2:]!=side: x = F.interpolate(x.as_subclass(torch.Tensor), side, mode='bilinear', antialias=True)
+    return x.flip(-1) if flip else x
 
 def _rows(o, item, size, classes):
     "Detections `o` (n,6) on a picture of `size` as rows of boxes in pixels of the original"
