@@ -6,9 +6,9 @@
 __all__ = ['support', 'agreement', 'add_errors', 'flag_value', 'reread', 'finding_curve', 'found_early', 'plot_finding',
            'own_doubt', 'precise_threshold']
 
-# %% ../nbs/14a_agree.ipynb #058f1d3d
+# %% ../nbs/14a_agree.ipynb #61164666
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from .core import MUTED, XYXY
+from .core import MUTED, PRED, TRUTH, XYXY
 from .evaluate import check_predictions, lesion_counts, match_detections, pair_iou, precision_recall, pred_cols
 from .formats import Annotations
 from .splits import patients
@@ -103,7 +103,7 @@ def found_early(errors, priority)->float: # (n,), (n,) as above; 1/2 is no order
     c = finding_curve(errors, priority)
     return float(np.trapezoid(c.found, c.looked))
 
-# %% ../nbs/14a_agree.ipynb #7436c19e
+# %% ../nbs/14a_agree.ipynb #a17d5f37
 def plot_finding(
     errors,      # Of each item: how many, (n,)
     orders:dict, # Name and priority of each order, (n,), to compare
@@ -111,11 +111,12 @@ def plot_finding(
 ):               # The axes
     "The `finding_curve` of each of `orders`, with its area, and the diagonal"
     ax = ax or plt.subplots(figsize=(3.8,3.3), layout='constrained')[1]
+    ax.set_prop_cycle(color=[PRED,TRUTH,'k'])
     for k,p in orders.items():
         c = finding_curve(errors, p)
         ax.plot(c.looked, c.found, label=f'{k}: {found_early(errors,p):.2f}')
     ax.plot([0,1], [0,1], color=MUTED, ls=':', label='no order: 0.50')
-    ax.set(xlabel='share looked at again', ylabel='share of errors found'); ax.legend(fontsize=8, loc='lower right')
+    ax.set(xlabel='share looked at again', ylabel='share of errors found'); ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/14a_agree.ipynb #13381787
