@@ -92,7 +92,7 @@ def claim_model(evidence:dict)->dict: # By number of the item
     m,t,aug,loss = (s.get(k,{}) for k in ('model','train','aug','loss'))
     more = [_said('batches of {bs}', s.get('dls',{}), 'bs'), _said('early stages {spread:g} times slower', t, 'spread'), _said('EMA {ema}', t, 'ema') if t.get('ema') else None,
             'augmentation: '+', '.join(f'{k} {v}' for k,v in aug.items() if v and k not in ('p','keep')) if aug else None,
-            _said('focal loss (alpha {alpha:g}, gamma {gamma:g}) and {box_loss} for boxes', loss, 'alpha','gamma','box_loss')]
+            _said('focal loss (alpha {alpha}, gamma {gamma:g}) and {box_loss} for boxes', loss, 'alpha','gamma','box_loss')]
     versions = {k:v for k,v in evidence.get('provenance',{}).items() if k in ('python','lungdet','torch','torchvision','timm','fastai','pydicom')}
     return {k:v for k,v in {
         1:'Deep learning: a convolutional detector that draws scored boxes' if m else None,

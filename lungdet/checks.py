@@ -149,10 +149,10 @@ def expected_cls_loss(
 )->float:
     "Class loss of a batch if every anchor answers `prior`"
     a = loss.anchors(*loss.size, device=boxes.device)
-    asked,i,*_ = batch_targets(boxes.float(), labels.long(), a, loss.anchors.counts(*loss.size), loss.matcher)
-    pos,z = i.bincount(minlength=len(boxes)),torch.tensor(prior, device=boxes.device).logit()   # (N,), ()
+    asked,i,_,_,l = batch_targets(boxes.float(), labels.long(), a, loss.anchors.counts(*loss.size), loss.matcher)
+    pos,z = (i*n_classes+l).bincount(minlength=len(boxes)*n_classes).view(-1,n_classes),torch.full((n_classes,), prior, device=boxes.device).logit() # (N,K), (K,)
     no,yes = (focal_loss(z, t, loss.alpha, loss.gamma) for t in (loss.smoothing/2,1-loss.smoothing/2))
-    return (((asked.sum(1)*n_classes-pos)*no+pos*yes)*loss.share(pos)).sum().item()
+    return (((asked.sum(1,keepdim=True)-pos)*no+pos*yes).sum(1)*loss.share(pos.sum(1))).sum().item()
 
 # %% ../nbs/11b_checks.ipynb #c9f4baff
 def check_start(

@@ -69,7 +69,9 @@ def retinanet_learner(
 
 def _learner(dls, model, cfg, loss, **kwargs):
     anchors = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels'])
-    learn = DetectionLearner(dls, model, loss_func=RetinaLoss(anchors, (cfg['size'],)*2, **(loss or {})), splitter=retina_splitter, **kwargs)
+    loss = RetinaLoss(anchors, (cfg['size'],)*2, **(loss or {}))
+    loss.check_classes(len(cfg['classes']))
+    learn = DetectionLearner(dls, model, loss_func=loss, splitter=retina_splitter, **kwargs)
     learn.detector = cfg
     return learn
 

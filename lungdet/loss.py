@@ -37,16 +37,18 @@ class _Focal(torch.autograd.Function):
 def focal_loss(
     logits:Tensor, # Scores before the sigmoid, any shape
     targets:Tensor|float, # 1 for lesion, 0 for background, or between; the same shape, or one number for all
-    alpha:float=.25, # Weight of the positives; 1-alpha is that of the negatives
+    alpha:float|Tensor=.25, # Weight of the positives, 1-alpha is that of the negatives; or one for each place of the last dimension, (K,)
     gamma:float=2. # How fast the loss falls as the answer gets surer; 0 is cross-entropy
 )->Tensor:         # Loss of each, the same shape
     "Sigmoid focal loss, not reduced; in float32 if `logits` have fewer digits"
-    if not (0<=alpha<=1 and gamma>=0): raise ValueError(f"alpha={alpha}, gamma={gamma}: alpha is a share, and gamma at least 0")
+    a = torch.as_tensor(alpha)
+    if not (((0<=a)&(a<=1)).all() and gamma>=0): raise ValueError(f"alpha={alpha}, gamma={gamma}: alpha is a share, and gamma at least 0")
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if a.ndim and a.shape!=z.shape[-1:]: raise ValueError(f"alpha {tuple(a.shape)} for logits {tuple(z.shape)}; it has one number for each place of the last dimension")
     if isinstance(targets, Tensor):
         if targets.shape!=z.shape: raise ValueError(f"targets {tuple(targets.shape)} for logits {tuple(z.shape)}; is a dimension missing?")
         targets = targets.to(z)
-    return _Focal.apply(z, targets, alpha, gamma)
+    return _Focal.apply(z, targets, a.to(z) if a.ndim else alpha, gamma)
 
 # %% ../nbs/09_loss.ipynb #27f2dbd5
 def l1_loss(deltas, boxes, anchors):
@@ -103,7 +105,7 @@ class RetinaLoss:
     def __init__(self,
         anchors:Anchors, # The anchors of the model
         size:tuple,      # Height and width of the pictures in pixels
-        alpha:float=.25, # As in `focal_loss`
+        alpha:float|list=.25, # As in `focal_loss`; a list has one number for each class
         gamma:float=2.,  # As in `focal_loss`
         box_loss:str='l1', # One of `box_losses`
         box_weight:float=1., # Weight of the box loss
@@ -116,9 +118,17 @@ class RetinaLoss:
         if isinstance(matcher,str) and matcher not in matchers: raise ValueError(f"matcher is {matcher!r}, it must be one of {list(matchers)}")
         if normalise not in ('image','batch','running'): raise ValueError(f"normalise={normalise!r} must be 'image', 'batch' or 'running'")
         if not 0<=smoothing<1: raise ValueError(f"smoothing is {smoothing}; from 1 on, lesion and background would be the same")
-        self.anchors,self.size,self.alpha,self.gamma,self.smoothing = anchors,size,alpha,gamma,smoothing
+        self.anchors,self.size,self.alpha,self.gamma,self.smoothing = anchors,size,alpha if isinstance(alpha,(int,float)) else torch.tensor(alpha),gamma,smoothing
+        focal_loss(torch.zeros(max(1,self.n_alpha)), 0., self.alpha, gamma) # complains
         self.box_loss,self.box_weight,self.image_weight = box_losses[box_loss],box_weight,image_weight
         self.matcher,self.normalise,self.positives = (matchers[matcher]() if isinstance(matcher,str) else matcher),normalise,100. # `positives`: the running mean of a batch
+
+    @property
+    def n_alpha(self): return len(self.alpha) if isinstance(self.alpha, Tensor) else 0
+
+    def check_classes(self, k):
+        "A `ValueError` if there is an alpha for each class, but not for `k` classes"
+        if self.n_alpha not in (0,k): raise ValueError(f"alpha has {self.n_alpha} numbers, and there are {k} classes; one for all, or one for each in their order")
 
     def share(self, n):
         "What the sums of each picture are multiplied by, (N,), given how many positives it has, (N,)"
@@ -135,10 +145,12 @@ class RetinaLoss:
         counts = self.anchors.counts(*self.size)
         asked,i,j,b,l = batch_targets(boxes, labels, a, counts, self.matcher)
         if len(l) and l.max()>=z.shape[2]: raise ValueError(f"label {l.max()} of {z.shape[2]} classes; are they counted from 0?")
+        self.check_classes(z.shape[2])
+        alpha = self.alpha.to(z.device) if self.n_alpha else self.alpha                        # (K,) or one
         share,w = self.share(i.bincount(minlength=len(z))),asked[...,None].expand_as(z).float()
         w[i,j,l] = 0                                                                           # asked for a 1 below
-        no = focal_loss(z, self.smoothing/2, self.alpha, self.gamma).mul(w).sum((1,2))         # (N,)
-        yes = focal_loss(z[i,j,l], 1-self.smoothing/2, self.alpha, self.gamma)                 # (P,)
+        no = focal_loss(z, self.smoothing/2, alpha, self.gamma).mul(w).sum((1,2))              # (N,)
+        yes = focal_loss(z[i,j,l], 1-self.smoothing/2, alpha[l] if self.n_alpha else alpha, self.gamma) # (P,)
         res = dict(cls=(no*share).sum()+(yes*share[i]).sum(), box=(self.box_loss(d[i,j],b,a[j])*share[i]).sum())
         return res | {'image':image_loss(o, labels, None if category is None else category.as_subclass(Tensor).long()) for o in image}
 

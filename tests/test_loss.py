@@ -282,3 +282,46 @@ def test_loss_pulls_boxes_to_the_truth(kind, matcher):
     for _ in range(500): opt.zero_grad(); loss((logits,deltas),truth,torch.tensor([[0]])).backward(); opt.step()
     best = loss.decodes((logits,deltas))[0,0]
     assert best[4]>.8 and iou(best[None,:4],truth[0]).item()>.9
+
+# An alpha for each class
+
+@given(seeds, st.lists(st.floats(0,1), min_size=1, max_size=4), st.sampled_from([0.,.5,2.]))
+@settings(max_examples=40, deadline=None)
+def test_alpha_of_each_class_is_the_plain_formula(seed, alpha, gamma):
+    "Class by class what a float does, and the gradient with it"
+    g = torch.Generator().manual_seed(seed)
+    z,t = (torch.randn(5,7,len(alpha),generator=g)*4).double().requires_grad_(),torch.rand(5,7,len(alpha),generator=g).double().round()
+    a = torch.tensor(alpha, dtype=torch.float64)
+    p = z.sigmoid()
+    pt = torch.where(t==1, p, 1-p)
+    plain = -torch.where(t==1, a, 1-a)*(1-pt)**gamma*pt.log()
+    ours = focal_loss(z,t,a,gamma)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(o.sum(),z,retain_graph=True)[0] for o in (ours,plain)))
+    for k,o in enumerate(alpha): torch.testing.assert_close(ours[...,k], focal_loss(z[...,k],t[...,k],o,gamma), rtol=1e-12, atol=0)
+
+@pytest.mark.parametrize('smoothing', [0.,.1])
+@pytest.mark.parametrize('normalise', ['image','batch','running'])
+def test_equal_alphas_are_the_float_and_others_sum_over_the_classes(normalise, smoothing):
+    targets = [(random_boxes(n,n),torch.arange(n)%3) for n in (2,0,5)]
+    preds,y = raw(3,3),padded(targets)
+    def terms(alpha): return RetinaLoss(ANCHORS, SIZE, alpha=alpha, normalise=normalise, smoothing=smoothing).terms(preds, *y)
+    one,same = terms(.25),terms([.25]*3)
+    torch.testing.assert_close(one, same, rtol=0 if smoothing==0 else 1e-6, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(o["cls"], preds[0])[0] for o in (one,same)), rtol=0 if smoothing==0 else 1e-5, atol=0)
+    asked,i,j,_,l = batch_targets(*y, A, COUNTS, IoUMatcher())
+    t = torch.zeros_like(preds[0]); t[i,j,l] = 1
+    share = RetinaLoss(ANCHORS, SIZE, normalise=normalise).share(i.bincount(minlength=3))
+    alpha = [.1,.5,.9]
+    want = sum((focal_loss(preds[0][...,k], t[...,k]*(1-smoothing)+smoothing/2, a)*asked).sum(1)@share.float() for k,a in enumerate(alpha))
+    torch.testing.assert_close(terms(alpha)['cls'], want, rtol=1e-5, atol=0)
+
+def test_alphas_of_another_number_of_classes():
+    loss,y = RetinaLoss(ANCHORS,SIZE,alpha=[.25,.5]),padded([(torch.tensor([[30.,40,80,100]]),torch.tensor([0]))])
+    for k in (1,3):
+        with pytest.raises(ValueError, match=f'alpha has 2 numbers, and there are {k} classes'): loss.terms(raw(1,k), *y)
+    assert loss(raw(1,2), *y).isfinite() and loss(raw(1,2), torch.zeros(1,1,4), torch.tensor([[PAD]])).isfinite() # no positive at all
+    for bad in ([],[.5,-.1],[[.5],[.5]],[float('nan')]):
+        with pytest.raises(ValueError, match='alpha'): RetinaLoss(ANCHORS,SIZE,alpha=bad)
+    with torch.autocast('cpu', torch.bfloat16): assert loss(raw(1,2,dtype=torch.bfloat16), *y).dtype==torch.float32
+    assert pickle.loads(pickle.dumps(loss)).alpha.tolist()==[.25,.5]
