@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LoadImage', 'picture_fit', 'LoadBoxes', 'LoadLabels', 'LoadCategory', 'PadBoxes', 'Repeat', 'Normalise',
-           'DetectionDL', 'DetectionDataLoaders', 'DetectionDatasets', 'detection_dls', 'largest_box', 'single_box_dls']
+           'DetectionDL', 'DetectionDataLoaders', 'DetectionDatasets', 'repeat_factors', 'detection_dls', 'largest_box',
+           'single_box_dls']
 
 # %% ../nbs/05_data.ipynb #2053899b
 import numpy as np, pandas as pd, torch
@@ -155,6 +156,18 @@ class DetectionDatasets(Datasets):
     "fastai's `Datasets` that make `DetectionDataLoaders`"
     _dbunch_type = DetectionDataLoaders
 
+# %% ../nbs/05_data.ipynb #aff654a8
+def repeat_factors(
+    ann:Annotations, # With their boxes
+    ids:list,        # The images to draw from
+    balance:float    # Classes on less than this share of them come more often, `t` of the paper
+)->pd.Series:        # At least 1 for each of `ids`
+    "How often each image is to come, compared with one of which all classes are common"
+    if not 0<=balance<=1: raise ValueError(f"balance={balance} is not a share of the images; it lies between 0 and 1")
+    on = ann.boxes[ann.boxes.image_id.isin(ids)].drop_duplicates(['image_id','label'])
+    often = np.sqrt(balance*len(ids)/on.label.map(on.label.value_counts())).clip(lower=1)
+    return often.groupby(on.image_id.to_numpy()).max().reindex(ids, fill_value=1.)
+
 # %% ../nbs/05_data.ipynb #21b0588b
 def detection_dls(
     ann:Annotations, # Images with a `split`; 'train' and 'valid' are used; if all are 'valid', for both parts, to judge a model
@@ -164,6 +177,7 @@ def detection_dls(
     aug:Augment|None=Augment(), # Augmentation of the training part, None for none
     cache=None,   # Folder for a `PictureCache`; None decodes at every epoch
     positives:float|None=None, # Share of images with a box in training, by drawing them more often; as they are if None
+    balance:float=0., # Draw classes on less than this share of the training images more often, see `repeat_factors`; all alike if 0
     num_workers:int=0, # Processes that read pictures
     stats:tuple|None=None, # Means and standard deviations of the channels, from `foreground_stats`; those of ImageNet if None
     categories:list|None=None, # Categories of the whole image to ask for too, the one with boxes last
@@ -189,15 +203,16 @@ def detection_dls(
                             device=device or default_device(), drop_last=False)
     dls.ann,dls.classes,dls.c,dls.size,dls.channels,dls.mode,dls.stats,dls.categories = ann,ann.classes,len(ann.classes),size,channels,mode,stats,list(categories or [])
     for dl in dls.loaders: dl.classes = ann.classes
-    if positives is not None: dls.train.weights = _weights(parts[0], set(ann.boxes.image_id), positives)
+    if positives is not None or balance: dls.train.weights = _weights(repeat_factors(ann, [o['image_id'] for o in parts[0]], balance), set(ann.boxes.image_id), positives)
     return dls
 
-def _weights(items, boxed, share):
-    "Weights of `items` that make `share` of the draws images of `boxed`"
-    has = [o['image_id'] in boxed for o in items]
-    n,k = len(has),sum(has)
+def _weights(often, boxed, share):
+    "Weights in proportion to `often`, by image, but such that `share` of the draws are images of `boxed`, if asked"
+    has = often.index.isin(boxed)
+    n,k = len(has),int(has.sum())
+    if share is None: return often.tolist()
     if not 0<share<1 or k in (0,n): raise ValueError(f"positives={share} cannot be had from {k} images with a box and {n-k} without")
-    return [share/k if o else (1-share)/(n-k) for o in has]
+    return np.where(has, share*often/often[has].sum(), (1-share)/(n-k)).tolist()
 
 # %% ../nbs/05_data.ipynb #beaff06e
 def largest_box(ann:Annotations)->Annotations:

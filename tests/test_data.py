@@ -137,6 +137,39 @@ def test_positive_images_can_be_drawn_more_often(tmp_path):
         with pytest.raises(ValueError, match='positives='): detection_dls(ann, size=8, positives=bad)
     assert len(detection_dls(ann, size=8, bs=50, positives=.5).train)==2 # an epoch is as long as before
 
+def classes(folder):
+    "100 images to train on: 'a' on all of the first 80, 'b' on the first 5, nothing on the last 20"
+    ann = toy(folder, 102)
+    rows = pd.concat([ann.boxes.head(80), ann.boxes.head(5).assign(label='b')])
+    return Annotations(ann.images, rows, ['a','b'])
+
+def test_repeat_factors_are_those_of_the_paper(tmp_path):
+    ann = classes(tmp_path)
+    ids = ann.part('train').images.image_id.tolist()
+    def slow(t):
+        f = {c:ann.part('train').boxes[lambda b: b.label==c].image_id.nunique()/len(ids) for c in 'ab'}
+        return [max([1,*((t/f[c])**.5 for c in set(ann.of(i).label))]) for i in ids]
+    for t in (0,.04,.2,.5,1): np.testing.assert_allclose(repeat_factors(ann, ids, t), slow(t), rtol=1e-12)
+    twice = Annotations(ann.images, pd.concat([ann.boxes]*2), ['a','b'])
+    pd.testing.assert_series_equal(repeat_factors(twice, ids, .5), repeat_factors(ann, ids, .5)) # boxes of one class on one image are one
+    none = Annotations(ann.images, ann.boxes[:0], ['a'])
+    assert repeat_factors(none, ids, .5).tolist()==[1.]*len(ids)
+    for bad in (-.1,1.1):
+        with pytest.raises(ValueError, match=f'balance={bad}'): repeat_factors(ann, ids, bad)
+
+def test_rare_classes_are_drawn_more_often(tmp_path):
+    "With `positives`, balance says which of the images with a box come, and not how many"
+    ann = classes(tmp_path)
+    set_seed(0)
+    def share(**kw):
+        labels = [b[2] for _ in range(30) for b in detection_dls(ann, size=8, bs=50, aug=None, **kw).train]
+        return [torch.cat([(o==k).any(1) for o in labels]).float().mean().item() for k in (0,1)]
+    assert share()==pytest.approx([.8,.05], abs=1e-6)
+    r = np.r_[np.full(5,20**.5), np.full(75,1.25**.5), np.ones(20)] # balance 1
+    assert share(balance=1.)==pytest.approx([r[:80].sum()/r.sum(), r[:5].sum()/r.sum()], abs=.025)
+    assert share(balance=1., positives=.5)==pytest.approx([.5, .5*r[:5].sum()/r[:80].sum()], abs=.025)
+    assert detection_dls(ann, size=8, bs=50).train.weights is None and len(detection_dls(ann, size=8, bs=50, balance=1.).train)==2
+
 def test_one_box_cannot_be_mixed(tmp_path):
     with pytest.raises(ValueError, match='mixup and mosaic'): single_box_dls(toy(tmp_path), size=32, bs=2, aug=Augment(mosaic=.1))
 
