@@ -171,16 +171,6 @@ def same(a, b):
     return a==b
 
 @pytest.mark.parametrize('trained', [False,True])
-def test_the_prediction_knows_an_alpha_for_each_class(tmp_path):
-    dls = data(tmp_path, classes=('a','b','c'))
-    _,boxes,labels = dls.one_batch()
-    loss = RetinaLoss(SMALL, (64,64), alpha=[.1,.4,.8])
-    a = SMALL(64,64)
-    z = torch.full((len(boxes),len(a),3), .02).logit()
-    np.testing.assert_allclose(expected_cls_loss(loss, boxes, labels, 3, .02), loss.terms((z,torch.zeros(*z.shape[:2],4)), boxes, labels)['cls'].item(), rtol=1e-4)
-    assert check_learner(learner(dls, loss=dict(alpha=[.1,.4,.8])), lr=2e-3).ok
-    with pytest.raises(ValueError, match='alpha has 2 numbers, and there are 3 classes'): learner(dls, loss=dict(alpha=[.1,.4]))
-
 def test_a_learner_is_as_it_was(tmp_path, trained):
     def make():
         set_seed(1)
@@ -202,3 +192,13 @@ def test_a_learner_is_as_it_was(tmp_path, trained):
 def test_draws_what_it_looked_at(tmp_path):
     res = check_learner(learner(data(tmp_path)), steps=2)
     assert len(res.show(max_n=3))==3
+
+def test_the_prediction_knows_an_alpha_for_each_class(tmp_path):
+    dls = data(tmp_path, classes=('a','b','c'))
+    _,boxes,labels = dls.one_batch()
+    loss = RetinaLoss(SMALL, (64,64), alpha=[.1,.4,.8])
+    a = SMALL(64,64)
+    z = torch.full((len(boxes),len(a),3), .02).logit()
+    np.testing.assert_allclose(expected_cls_loss(loss, boxes, labels, 3, .02), loss.terms((z,torch.zeros(*z.shape[:2],4)), boxes, labels)['cls'].item(), rtol=1e-4)
+    assert check_learner(learner(dls, loss=dict(alpha=[.1,.4,.8])), lr=2e-3).ok
+    with pytest.raises(ValueError, match='alpha has 2 numbers, and there are 3 classes'): learner(dls, loss=dict(alpha=[.1,.4]))
