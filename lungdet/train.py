@@ -261,7 +261,7 @@ def _train(cfg, folder, ann, show, cbs):
 def _rows(learn):
     "A logger that prints the table of `learn` in columns"
     def log(row):
-        if row[0]==0: print(' '.join(f'{o:>10}' for o in learn.recorder.metric_names), flush=True)
+        if row[0]==0: print(' '.join(f'{o:>10}' for o in getattr(learn.recorder, 'metric_names', ['epoch','train_loss','valid_loss'])), flush=True) # none yet while the backbone classifies
         print(' '.join(f'{o:10.4f}' if isinstance(o,float) else f'{o:>10}' for o in row), flush=True)
     return log
 
