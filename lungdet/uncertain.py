@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RECALLS', 'IMAGE_FIGURES', 'BOX_FIGURES', 'FIGURES', 'COCO_IOUS', 'COCO_MOST', 'LEAST', 'patient_weights', 'ratio',
            'summarise', 'bootstrap_ci', 'image_sums', 'outcomes', 'box_sums', 'last_of_equals', 'weighted_auc',
-           'weighted_ap', 'weighted_froc', 'Figures', 'intervals', 'compare', 'bands', 'relative_size', 'group_note',
-           'image_groups', 'subgroups', 'plot_subgroups']
+           'weighted_ap', 'weighted_froc', 'Figures', 'intervals', 'class_intervals', 'compare', 'bands',
+           'relative_size', 'group_note', 'image_groups', 'subgroups', 'plot_subgroups']
 
 # %% ../nbs/11i_uncertain.ipynb #a705ed71
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .core import MUTED, PRED, TRUTH, XYXY
 from .evaluate import FROC_RATES, check_predictions, image_scores, lesion_counts, match_detections, rsna_score
 from .formats import Annotations
+from .imagewise import per_class
 from .splits import patients
 
 # %% ../nbs/11i_uncertain.ipynb #3c6c7b19
@@ -236,6 +237,23 @@ def intervals(
     "The figures of `preds` with intervals over patients"
     f = Figures(ann, preds, threshold, figures, **kw)
     return summarise(f().iloc[0], _resamples([f], ann, n, seed)[0], level).rename_axis('figure')
+
+# %% ../nbs/11i_uncertain.ipynb #9fa4090b
+def class_intervals(
+    ann:Annotations,     # The truth
+    preds:pd.DataFrame,  # Predictions
+    thresholds:float|dict=.5, # Score threshold, one for all classes or {class: threshold}
+    figures=('AP50','AUC','sensitivity','specificity'), # Which of `FIGURES`
+    n:int=1000,          # Resamples
+    level:float=.95,     # Share of resamples within the interval
+    seed:int=42          # Which resamples
+)->pd.DataFrame:         # By class, then 'macro', the mean of those that are defined, and figure: `value`, `lo`, `hi`, `n`
+    "The figures of `preds` class by class, and their macro mean, with intervals over patients"
+    t = thresholds if isinstance(thresholds, dict) else dict.fromkeys(ann.classes, thresholds)
+    fs = {c:Figures(a, p, t[c], figures) for c,(a,p) in per_class(ann, preds).items()}
+    res,value = dict(zip(fs, _resamples([*fs.values()], ann, n, seed))),{c:f().iloc[0] for c,f in fs.items()}
+    res['macro'],value['macro'] = pd.concat(res).groupby(level=1).mean(),pd.DataFrame(value).mean(axis=1)
+    return pd.concat({c:summarise(value[c], res[c], level) for c in value}, names=['class','figure'])
 
 # %% ../nbs/11i_uncertain.ipynb #d58728d4
 def compare(
