@@ -270,12 +270,13 @@ def error_cases(
     else:
         df = p[p.kind!='hit'] if kind=='most confident mistakes' else p[p.kind.str.startswith(kind)]
         df = df.sort_values('score', ascending=False, kind='stable').assign(title=lambda o: o.kind)
+    if len(ann.classes)>1 and kind not in ('best','worst'): df = df.assign(title=df.label+': '+df.title)
     return df.drop_duplicates('image_id').head(k)[_CASE].reset_index(drop=True)
 
 # %% ../nbs/11j_errors.ipynb #a3a8dacf
-def _tags(boxes, h, w): # Left and top of each tag, px
-    "Where to write the scores of `boxes` (n,4) on a picture of `h` by `w` px: at a corner, and on no other score if possible"
-    th,tw,taken = .06*h,.11*w,[]
+def _tags(boxes, h, w, chars=4): # Left and top of each tag, px
+    "Where to write the scores of `boxes` (n,4), of so many `chars`, on a picture of `h` by `w` px: at a corner, and on no other score if possible"
+    th,tw,taken = .06*h,.0275*chars*w,[]
     for x1,y1,x2,y2 in boxes:
         spots = [(x1,y1-th),(x2-tw,y1-th),(x1,y2),(x2-tw,y2),(x1,y1),(x2-tw,y1),(x1,y2-th),(x2-tw,y2-th)]
         spots = [(min(max(x,0),w-tw),min(max(y,0),h-th)) for x,y in spots]
@@ -297,9 +298,11 @@ def draw_case(
     fit = picture_fit(row.fillna(dict(height=im.shape[0], width=im.shape[1])).to_dict(), im.shape[:2]) if there else None
     def place(o): return o[XYXY].to_numpy(float) if fit is None else fit.place(o[XYXY].to_numpy(float))
     t,p = (o[o.image_id==case.image_id] for o in (ann.boxes,preds))
-    show_boxes(im, place(t), ax=ax, color=TRUTH, title=case.title); show_boxes(None, place(p), ax=ax, color=PRED)
-    for (x,y),s in zip(_tags(place(p), *im.shape[:2]), p.score):
-        ax.text(x, y, _num(s), fontsize=7, va='top', bbox=dict(fc=PRED, ec='k', lw=.5, pad=1), clip_on=True)
+    several = len(ann.classes)>1
+    show_boxes(im, place(t), labels=t.label.tolist() if several else None, ax=ax, color=TRUTH, title=case.title); show_boxes(None, place(p), ax=ax, color=PRED)
+    tags = [f'{l} {_num(s)}' if several else _num(s) for l,s in zip(p.label,p.score)]
+    for (x,y),tag in zip(_tags(place(p), *im.shape[:2], max(4, max(map(len,tags), default=0))), tags):
+        ax.text(x, y, tag, fontsize=7, va='top', bbox=dict(fc=PRED, ec='k', lw=.5, pad=1), clip_on=True)
     x1,y1,x2,y2 = place(pd.DataFrame([case]))[0]
     ax.add_patch(plt.Rectangle((x1,y1), x2-x1, y2-y1, fc=PRED if case.of=='box' else TRUTH, alpha=.25))
     if not there: ax.text(.5, .02, 'no picture', transform=ax.transAxes, ha='center', va='bottom', color='w', fontsize=8)
