@@ -88,7 +88,7 @@ def detect(
     **kwargs # For `postprocess`
 )->pd.DataFrame: # One row per detection: `image_id`, corners in pixels of the original, `label`, `score`
     "Detections of `learn` on the images of `ann`"
-    if point is not None: score_thr,nms_thr = min(score_thr, point.threshold),point.detect_nms
+    if point is not None: score_thr,nms_thr = min(score_thr, point.lowest),point.detect_nms
     items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
     dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[]
     side = loss.size if size is None else (size,size)
