@@ -41,6 +41,7 @@ from .track import Track, trackers
 from .operate import OperatingPoint, tune_rsna
 from .card import characteristics
 from .report import Report
+from .classes import tune_classes
 from .config import Schema, keys_of, read_config, to_toml, write_config
 
 # %% ../nbs/17a_train.ipynb #53994fd1
@@ -277,7 +278,7 @@ def _leave(learn, ann, table, cfg, folder, minutes):
     with atomic_path(folder/'predictions.csv') as p: preds.to_csv(p, index=False)
     ann.save(folder/'annotations')
     with atomic_path(folder/'provenance.json') as p: p.write_text(json.dumps(provenance(ann), indent=1))
-    if len(preds) and len(valid.boxes): tune_rsna(valid, preds)[0].save(folder/'point.json')
+    if len(preds) and len(valid.boxes): (tune_classes if len(ann.classes)>1 else tune_rsna)(valid, preds)[0].save(folder/'point.json')
     scores = headline_scores(valid, preds)|dict(epochs=len(table), minutes=round(minutes,2))
     with atomic_path(folder/'scores.json') as p: p.write_text(json.dumps(scores, indent=1))
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
@@ -347,7 +348,8 @@ def evaluate_run(
         met = ids[0]&ids[1]
         if met: print(f"{len(met)} images or patients were trained on, such as {sorted(met)[0]}: this is no test")
         preds = detect(detector_learner(run/'detector.safetensors', Annotations(ann.images.assign(split='valid'), ann.boxes, ann.classes)), ann)
-    point = None if same else OperatingPoint.load(run/'point.json') if (run/'point.json').exists() else scores['threshold'] # nothing to choose it by: no lesion, or no box
+    left = (run/'point.json').exists() and (not same or len(own.classes)>1)
+    point = OperatingPoint.load(run/'point.json') if left else None if same else scores['threshold'] # without lesion or box there was nothing to choose it by
     who = [characteristics(own)]+([] if same else [characteristics(Annotations(ann.images.assign(split='judged'), ann.boxes, ann.classes))])
     evidence = dict(who=pd.concat(who, axis=1), settings=read_config(run/'config.toml', schema), provenance=json.loads((run/'provenance.json').read_text()))
     evidence |= dict(judged='validation') if same else dict(warning=f'{len(met)} images or patients of these were trained on, so this is no test') if met else {}

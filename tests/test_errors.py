@@ -249,7 +249,7 @@ def test_cases_are_in_order_one_per_image():
     assert got.image_id.is_unique and size.is_monotonic_decreasing and (got.of=='lesion').all()
     made = detector(ann, 'false positive on normal')
     got = error_cases(ann, made.assign(score=np.linspace(.9,.4,len(made))), .3, k=60)
-    assert (got.title=='false positive on normal').all() and got.score.is_monotonic_decreasing and len(got)==10
+    assert (got.title=='Mass: false positive on normal').all() and got.score.is_monotonic_decreasing and len(got)==10
     each = rsna_score(ann, preds, .3, per_image=True)
     best,worst = (error_cases(ann, preds, .3, o, k=60) for o in ('best','worst'))
     assert each[best.image_id].is_monotonic_decreasing and each[worst.image_id].is_monotonic_increasing
