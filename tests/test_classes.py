@@ -71,16 +71,16 @@ def test_class_without_an_image():
 # Thresholds
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_threshold_has_a_larger_index(seed):
     ann,preds = random_set(seed)
     preds = preds[preds.score>0]
     point,table = tune_classes(ann, preds)
     for c,(a,p) in per_class(ann, preds).items():
         def youden(t): return image_level(a, p, t)[['sensitivity','specificity']].sum()-1
-        best = youden(table.threshold[c])
+        best,others = youden(table.threshold[c]),{t:youden(t) for t in p.score.unique()}
         assert table.youden[c]==pytest.approx(best)
-        assert all(youden(t)<=best+1e-9 and (t<=table.threshold[c]+1e-9 or youden(t)<best-1e-9) for t in p.score.unique())
+        assert all(j<=best+1e-9 and (t<=table.threshold[c]+1e-9 or j<best-1e-9) for t,j in others.items()) # of equals the highest
     calls = image_table(ann, point.apply(preds), .5)
     np.testing.assert_allclose(calls.loc[NAMES,['sensitivity','specificity']], table[['sensitivity','specificity']])
     assert point.score==pytest.approx(table.youden.mean()) and point.n==len(ann)
@@ -157,7 +157,7 @@ def slow_confusion(ann, preds, threshold, iou):
     return t
 
 @given(seeds, st.sampled_from([0.,.3,.9]), st.sampled_from([.3,.5]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_class_confusion_is_the_plain_loop(seed, threshold, iou):
     ann,preds = random_set(seed, n=12, lesions=20, boxes=60)
     got = class_confusion(ann, preds, threshold, iou)
