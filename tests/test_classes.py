@@ -175,7 +175,7 @@ def test_class_confusion_of_nothing():
 
 # From the shell to the report
 
-TINY = ['format=saved','images=30','png_size=64','dls.size=64','dls.bs=8','backbone=resnet18','pretrained=false','width=16','depth=1','frozen=0','classify=1','epochs=4','lr=3e-3']
+TINY = ['format=saved','images=30','png_size=64','dls.size=64','dls.bs=8','backbone=resnet18','pretrained=false','width=16','depth=1','frozen=0','classify=1','epochs=1','prior=0.3']
 
 def test_a_run_with_several_classes(tmp_path, capsys):
     ann = read_rsna(data_path())
@@ -187,9 +187,6 @@ def test_a_run_with_several_classes(tmp_path, capsys):
     assert main([str(tmp_path/'e.toml'), *changes, '--out', str(tmp_path), '--name', 'run'])==0, capsys.readouterr().err
     cfg = read_config(tmp_path/'run'/'config.toml', schema)
     assert cfg['loss']['alpha']==(.2,.5) and cfg['dls']['balance']==.5
-    preds = pd.read_csv(tmp_path/'run'/'predictions.csv')
-    assert (tmp_path/'run'/'point.json').exists()==(len(preds)>0)
-    if len(preds)==0: pytest.skip('this run found nothing at all')
     point = OperatingPoint.load(tmp_path/'run'/'point.json')
     assert set(point.by_class)=={'tall','wide'}
     report = evaluate_run(tmp_path/'run')
