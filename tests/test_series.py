@@ -31,9 +31,9 @@ def by_height(folder): return [f for _,f in sorted((float(dcmread(f).ImagePositi
 def test_dicom_and_nifti_of_one_scan_are_one_volume(tmp_path_factory, seed, to):
     "Slices acquired in any direction, at any angle, under names in any order"
     d,g = tmp_path_factory.mktemp('v'),np.random.default_rng(seed)
-    v = turn(Volume(g.integers(-1000,3000,(4,5,6)).astype(np.int16), askew(seed), 'v'), to)
+    v = reorient(Volume(g.integers(-1000,3000,(4,5,6)).astype(np.int16), askew(seed), 'v'), to)
     a,b = read_series(write_series(v, d/'s', seed)),read_nifti(write_nifti(v, d/'v.nii.gz'))
-    a,b,v = (turn(o) for o in (a,b,v))
+    a,b,v = (reorient(o) for o in (a,b,v))
     assert (a.array==b.array).all() and (a.array==v.array).all() and a.array.dtype==b.array.dtype==np.int16
     np.testing.assert_allclose(a.affine, b.affine, atol=2e-3); np.testing.assert_allclose(a.affine, v.affine, atol=1e-6)
 
@@ -41,8 +41,8 @@ def test_dicom_and_nifti_of_one_scan_are_one_volume(tmp_path_factory, seed, to):
 @settings(max_examples=60, deadline=None)
 def test_turning_keeps_every_voxel_in_its_place(seed, one, two):
     v = Volume(np.arange(4*5*6).reshape(4,5,6), askew(seed), missing=(1,))
-    t = turn(turn(v, one), two)
-    assert (turn(t, two).array==t.array).all() and (t.array==turn(v, two).array).all()
+    t = reorient(reorient(v, one), two)
+    assert (reorient(t, two).array==t.array).all() and (t.array==reorient(v, two).array).all()
     ijk = np.argwhere(np.ones(v.array.shape))[::7]
     for k,i,j in ijk:
         z,y,x = np.argwhere(t.array==v.array[k,i,j])[0]
@@ -50,12 +50,12 @@ def test_turning_keeps_every_voxel_in_its_place(seed, one, two):
 
 def test_turning_an_upright_scan():
     v = Volume(np.arange(24).reshape(2,3,4), np.diag([2,3,5,1]), missing=(0,))
-    assert (turn(v).array==v.array).all() and turn(v).missing==(0,)
-    t = turn(v, 'ILA')                                                     # slices to the feet, rows to the left, columns to the front
+    assert (reorient(v).array==v.array).all() and reorient(v).missing==(0,)
+    t = reorient(v, 'ILA')                                                     # slices to the feet, rows to the left, columns to the front
     assert t.array.shape==(2,4,3) and t.spacing.tolist()==[3,2,5] and t.missing==(1,) and t.array[0,0,0]==v.array[1,2,0]
-    assert turn(v, 'LPS').missing==()
+    assert reorient(v, 'LPS').missing==()
     for bad in ('LPL','LP','XYZ',''):
-        with pytest.raises(ValueError, match='three letters'): turn(v, bad)
+        with pytest.raises(ValueError, match='three letters'): reorient(v, bad)
 
 def test_names_folders_and_zips_do_not_matter(vol, folder, tmp_path):
     for n,f in enumerate(sorted(folder.iterdir())): (tmp_path/f't/{n%3}').mkdir(parents=True, exist_ok=True); shutil.copy(f, tmp_path/f't/{n%3}/{n//3}') # no suffix, same names

@@ -53,21 +53,21 @@ def test_no_lesion_and_no_flash():
 
 def test_one_window_for_all_slices(head):
     vol = head[0]
-    g = gray(vol)
+    g = gray_slices(vol)
     pairs = pd.DataFrame(dict(v=vol.array.ravel(), g=g.ravel())).drop_duplicates()
     assert pairs.v.is_unique and pairs.sort_values('v').g.is_monotonic_increasing # a value has one gray, on whichever slice
-    assert (gray(replace(vol, array=vol.array.astype(np.float32)))==g).all()
+    assert (gray_slices(replace(vol, array=vol.array.astype(np.float32)))==g).all()
 
 def test_missing_slices_do_not_move_the_window(head):
     vol = replace(head[0], missing=(0,1))
     other = replace(vol, array=np.where(np.arange(16)[:,None,None]<2, 30000, vol.array).astype(np.int16))
-    assert (gray(other)[2:]==gray(vol)[2:]).all()
+    assert (gray_slices(other)[2:]==gray_slices(vol)[2:]).all()
 
 def test_slices_are_pictures_with_boxes_around_the_mask(head, tmp_path):
     vol,mask,_ = head
     ann = slices_of([vol], tmp_path, [mask], label='plaque')
     assert ann.classes==['plaque'] and len(ann)==16 and ann.images.patient_id.eq('P005').all()
-    assert (load_picture(ann.images.path[7], mode='gray')==gray(vol)[7]).all()
+    assert (load_picture(ann.images.path[7], mode='gray')==gray_slices(vol)[7]).all()
     for r in ann.boxes.itertuples():
         m = mask[int(r.image_id[-3:])]==r.lesion
         x1,y1,x2,y2 = (int(getattr(r,o)) for o in XYXY)
