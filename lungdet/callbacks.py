@@ -142,7 +142,7 @@ class StopOnNonFinite(Callback):
 
     def _cause(self):
         "What to look at first"
-        if not _finite(self.xb): return "The pictures are not finite: what do stats and augmentation do to them?"
+        if not _finite(self.xb[:1]): return "The pictures are not finite: what do stats and augmentation do to them?"
         rate = f"{max(h['lr'] for h in self.opt.hypers):g}" if self.learn.opt else None
         if not _finite(self.model.parameters()):
             return f"The weights are not finite, an earlier step spoilt them: is the rate of {rate} too high?"

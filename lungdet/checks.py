@@ -117,7 +117,7 @@ def check_tables(
 def some_images(
     dls,       # As `detection_dls` gives them
     n:int      # How many
-)->tuple:      # Rows of `images`; pictures, boxes, labels, and maybe categories, as for validation
+)->tuple:      # Rows of `images`; pictures, maybe metadata, boxes, labels, and maybe categories, as for validation
     "`n` training images with boxes, filled up with others if there are not as many"
     items = list(dls.train_ds.items)
     items = [items[i] for i in np.random.permutation(len(items))]
@@ -201,20 +201,21 @@ def check_gradients(
 def overfit(
     model:RetinaNet, # Changed in place
     loss:RetinaLoss, # Its loss
-    batch:list,      # Pictures, boxes, labels, and maybe categories
+    batch:list,      # Pictures, maybe metadata, boxes, labels, and maybe categories
     opt,             # An optimiser of `model`
     steps:int=120,   # Steps at most
-    goal:float=.95   # Stop at a higher AP50
+    goal:float=.95,  # Stop at a higher AP50
+    n_inp:int=1      # What of `batch` the model gets: 2 with metadata
 )->pd.DataFrame:     # `loss` and `AP50` before each step
     "Train `model` on one batch until it knows the batch by heart"
-    (x,*y),log = batch,[]
+    x,y,log = batch[:n_inp],batch[n_inp:],[]
     model.train()
     for m in model.modules():
         if 'drop' in type(m).__name__.lower(): m.eval()
     for _ in range(steps):
-        preds = model(x)
+        preds = model(*x)
         l,d = loss(preds, *y),loss.decodes(preds)                                               # (), (N,D,6)
-        ap = picture_scores(box_rows(*y[:2]), box_rows(d[...,:4], d[...,5], score=d[...,4]), len(x), preds[0].shape[2])['AP50']
+        ap = picture_scores(box_rows(*y[:2]), box_rows(d[...,:4], d[...,5], score=d[...,4]), len(x[0]), preds[0].shape[2])['AP50']
         log.append((l.item(),ap))
         if ap>goal or not l.isfinite(): break
         l.backward()
@@ -238,33 +239,33 @@ def check_overfit(
 # %% ../nbs/11b_checks.ipynb #5e19c0df
 def _check_data(dls, loss, n_classes, items, batch):
     "Rows about batches of both parts, the tables, and the anchors"
-    dl = dls.train.new(num_workers=0)
+    dl,n_inp = dls.train.new(num_workers=0),dls.n_inp
     both = [[o.as_subclass(Tensor) for o in d.one_batch()] for d in (dl,dls.valid.new(num_workers=0))]
-    x,boxes,labels = (torch.cat(o) for o in zip(*[(x,b[l!=PAD],l[l!=PAD]) for x,b,l,*_ in both])) # (N,C,h,w), (n,4), (n,)
+    x,boxes,labels = (torch.cat(o) for o in zip(*[(o[0],b[l!=PAD],l[l!=PAD]) for o in both for b,l in [o[n_inp:n_inp+2]]])) # (N,C,h,w), (n,4), (n,)
     boxed,n = set(dls.ann.boxes.image_id),len(dls.train_ds)
     k = sum(o['image_id'] in boxed for o in dls.train_ds.items)
     res = [check_pictures(x, dls.stats), check_labels(labels, n_classes), check_truth_boxes(boxes, labels, loss.size),
            finding('positives', f'{k} of {n} training images have a box', 'some', k, 'there is nothing to learn; labels of another split, or lost?')]
     if all(o['ok'] for o in res[1:]):
-        res += [check_tables(dls, items, *batch[1:3]), check_anchors(torch.cat([o.as_subclass(Tensor) for o in dls.train_ds.tls[1]]), loss.anchors, loss.size)]
+        res += [check_tables(dls, items, *batch[n_inp:n_inp+2]), check_anchors(torch.cat([o.as_subclass(Tensor) for o in dls.train_ds.tls[n_inp]]), loss.anchors, loss.size)]
     return Checks(res, both[0], dl)
 
 # %% ../nbs/11b_checks.ipynb #6b341917
 def _check_model(learn, model, loss, batch, lr, steps):
     "Rows about a copy `model` of the learner's, on `batch`"
-    x,*y = batch
-    groups = learn.splitter(model)
+    n_inp = learn.dls.n_inp
+    x,y,groups = batch[:n_inp],batch[n_inp:],learn.splitter(model)
     off = {k for k,p in model.named_parameters() if not p.requires_grad}
     res = [check_groups(model, groups)]
     for p in model.parameters(): p.requires_grad_(True)
-    preds = model.train()(x)
+    preds = model.train()(*x)
     prior = getattr(learn,'detector',{}).get('model',{}).get('prior', inspect.signature(RetinaNet).parameters['prior'].default)
     res.append(check_start(model, loss, loss.terms(preds,*y)['cls'].item(), *y[:2], preds[0].shape[2], prior))
     loss(preds,*y).backward()
     res.append(check_gradients(model, groups, getattr(learn.opt,'frozen_idx',0), off))
     if not res[-1]['ok']: return res+[finding('one batch by heart', 'not asked', 'a gradient for everything', None)]
     model.zero_grad()
-    return res+[check_overfit(overfit(model, loss, batch, learn.opt_func(groups, lr=lr), steps), lr)]
+    return res+[check_overfit(overfit(model, loss, batch, learn.opt_func(groups, lr=lr), steps, n_inp=n_inp), lr)]
 
 # %% ../nbs/11b_checks.ipynb #4f1207b6
 def check_learner(
@@ -281,7 +282,7 @@ def check_learner(
     with no_random():
         items,batch = some_images(dls, n)
         model,loss = deepcopy(learn.model).to(batch[0].device),deepcopy(learn.loss_func)
-        with torch.no_grad(): n_classes = deepcopy(model).eval()(batch[0])[0].shape[2]
+        with torch.no_grad(): n_classes = deepcopy(model).eval()(*batch[:dls.n_inp])[0].shape[2]
         res = _check_data(dls, loss, n_classes, items, batch)
         more = [finding('model', 'not asked', 'labels and boxes that a loss can take', None)] if {'labels','boxes','positives'}&set(res.failed) else \
                _check_model(learn, model, loss, batch, lr, steps)

@@ -7,10 +7,10 @@ __all__ = ['retina_splitter', 'detector_adam', 'DetectionLearner', 'retinanet_le
            'save_detector', 'load_detector', 'detector_learner']
 
 # %% ../nbs/10_learner.ipynb #60934365
-import torch, pandas as pd
+import torch, warnings, pandas as pd
 import torch.nn.functional as F
 from pathlib import Path
-from fastai.vision.all import Learner, L, Adam, progress_bar
+from fastai.vision.all import Learner, L, Adam, get_model, progress_bar
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
 from .boxes import area, clip_boxes
 from .formats import Annotations
@@ -55,11 +55,14 @@ def retinanet_learner(
     anchors:Anchors|None=None, # The guesses; the defaults if None
     loss:dict|None=None, # More arguments for `RetinaLoss`
     model:dict|None=None, # More arguments for `RetinaNet`
+    metadata:str|None=None, # How the model uses the metadata of `dls`: 'pad', 'concat' or 'film', see chapter 12; not at all if None
     opt_func=detector_adam, # Makes the optimiser
     **kwargs        # For `Learner`
 )->DetectionLearner:
     "A fastai learner of a RetinaNet, with an image head if `dls` has `categories`"
     anchors,more = anchors or Anchors(),dict(n_categories=len(dls.categories))|(model or {})
+    if metadata and not dls.metadata: raise ValueError(f"metadata={metadata!r}, but these DataLoaders load none; name the columns: detection_dls(..., metadata=['age','sex','view'])")
+    if metadata: more |= dict(metadata=metadata, fields=dls.metadata)
     model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth, anchors.levels, **more)
     cfg = dict(backbone=model.backbone.name, in_channels=dls.channels, mode=dls.mode, stats=[list(map(float,o)) for o in dls.stats], classes=dls.classes, size=dls.size,
                width=width, depth=depth, sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels, categories=dls.categories, model=more)
@@ -90,11 +93,16 @@ def detect(
     "Detections of `learn` on the images of `ann`"
     if point is not None: score_thr,nms_thr = min(score_thr, point.lowest),point.detect_nms
     items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
-    dl,loss,model,out = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[]
+    dl,loss,model,out,known = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[],False
     side = loss.size if size is None else (size,size)
-    def found(x, *more): return [o[o[:,5]!=PAD] for o in postprocess(model(_seen(x, side, flip), *more), loss.anchors, side, score_thr, nms_thr, **kwargs).cpu()]
+    def found(x, *meta): return [o[o[:,5]!=PAD] for o in postprocess(model(_seen(x, side, flip), *meta), loss.anchors, side, score_thr, nms_thr, **kwargs).cpu()]
     with torch.inference_mode():
-        for xb in progress_bar(dl) if progress else dl: out += found(*xb)
+        for x,*meta in progress_bar(dl) if progress else dl:
+            out += found(x, *meta)
+            known = known or any(o.isfinite().any() for o in meta)
+    if not known and getattr(get_model(model), 'condition', None) is not None:
+        names = ', '.join(o['name'] for o in learn.dls.metadata)
+        warnings.warn(f"this detector was trained with {names}, and of these {len(items)} images none is known; are the columns missing, or named otherwise?", stacklevel=2)
     if flip: out = [torch.cat([side[1]-o[:,[2]], o[:,[1]], side[1]-o[:,[0]], o[:,3:]], 1) for o in out]
     res = pd.concat([_rows(o, it, side, learn.dls.classes) for o,it in zip(out,items)], ignore_index=True)
     return res if point is None else point.apply(res).reset_index(drop=True)
@@ -166,5 +174,5 @@ def detector_learner(
     both = 'split' in ann.images and {'train','valid'}<=set(ann.images.split)
     ann = Annotations(ann.images if both else ann.images.assign(split='valid'), ann.boxes, cfg['classes'])
     known = cfg['categories'] if both else None # to look at pictures, nobody has to know theirs
-    dls = detection_dls(ann, cfg['size'], bs, cfg['mode'], cache=cache, stats=cfg['stats'], categories=known)
+    dls = detection_dls(ann, cfg['size'], bs, cfg['mode'], cache=cache, stats=cfg['stats'], categories=known, metadata=cfg['model'].get('fields')) # scaled as in training
     return _learner(dls, model, cfg, loss, **{'opt_func':detector_adam, **kwargs})

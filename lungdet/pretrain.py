@@ -43,7 +43,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.backbone,self.head = backbone,head
-    def forward(self, x): return self.head(self.backbone(x)[-1])
+    def forward(self, x, *_): return self.head(self.backbone(x)[-1]) # what else a detector is told is not for the backbone
 
 # %% ../nbs/11c_pretrain.ipynb #a6ba2955
 def classifier_learner(

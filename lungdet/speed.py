@@ -55,11 +55,11 @@ def best_dtype(device='cpu')->torch.dtype:
 
 # %% ../nbs/08c_speed.ipynb #4df2a01c
 class FastRetinaNet(nn.Module):
-    "`model` in `dtype`: pictures (N,C,h,w) in any float type to float32 answers, as those of `RetinaNet`"
+    "`model` in `dtype`: pictures (N,C,h,w) in any float type, and maybe metadata (N,m), to float32 answers, as those of `RetinaNet`"
     def __init__(self, model:nn.Module, dtype:torch.dtype):
         super().__init__()
         self.model,self.dtype = model.to(dtype, memory_format=torch.channels_last),dtype
-    def forward(self, x): return tuple(o.float() for o in self.model(x.to(self.dtype, memory_format=torch.channels_last)))
+    def forward(self, x, meta=None): return tuple(o.float() for o in self.model(x.to(self.dtype, memory_format=torch.channels_last), *(() if meta is None else (meta,))))
 
 # %% ../nbs/08c_speed.ipynb #30a4f3f1
 def optimise_for_inference(
