@@ -26,7 +26,7 @@ from .augment import Augment
 from .data import detection_dls
 from .single import Backbone, save_weights, load_weights
 from .anchors import Anchors
-from .retinanet import RetinaNet
+from .retinanet import RetinaNet, conditions
 from .loss import RetinaLoss
 from .learner import detect, detector_learner, retinanet_learner, save_detector
 from .evaluate import best_threshold, coco_map, image_level
@@ -41,6 +41,7 @@ from .track import Track, trackers
 from .operate import OperatingPoint, tune_rsna
 from .card import characteristics
 from .report import Report
+from .metadata import shuffle_metadata
 from .classes import tune_classes
 from .config import Schema, keys_of, read_config, to_toml, write_config
 
@@ -78,6 +79,7 @@ def load_images(
     seed:int=42,       # Which ones
     split:str|None=None, # A file of `save_split` that says it instead
     share:float=1.,    # Share of the training images that is used
+    shuffled_metadata:bool=False, # Give each image age, sex and view of another, as the control for model.metadata?
     **kwargs           # For `read_images`
 )->Annotations:        # With `split`
     "The images and boxes of an experiment, split by patient"
@@ -86,6 +88,7 @@ def load_images(
     if split: ann = load_split(ann, split)
     elif 'split' not in ann.images or not {'train','valid'}<=set(ann.images.split): ann = split_patients(ann, valid, seed)
     audit_split(ann)
+    if shuffled_metadata: ann = shuffle_metadata(ann, seed=seed)
     if share==1: return ann
     n = round(share*len(ann.part('train')))
     if not n: raise ValueError(f"share={share} of {len(ann.part('train'))} training images is none")
@@ -164,7 +167,7 @@ def _classify(learn, file, epochs, lr):
 OF_LEARNER = keys_of(retinanet_learner, ('dls','anchors','loss','model','opt_func'))
 schema = Schema(
     data=keys_of(load_images)|keys_of(read_images), dls=keys_of(detection_dls, ('ann','aug','cache','stats','device')), aug=keys_of(Augment), anchors=keys_of(Anchors),
-    model=keys_of(RetinaNet, ('backbone','n_classes','n_anchors','levels','n_categories'))|OF_LEARNER,
+    model=keys_of(RetinaNet, ('backbone','n_classes','n_anchors','levels','n_categories','metadata','fields'))|OF_LEARNER,
     loss=keys_of(RetinaLoss, ('anchors','size')), train=keys_of(fit_phases, ('learn','folder','config')))
 
 # %% ../nbs/17a_train.ipynb #bb63db7d
@@ -184,6 +187,9 @@ def check_values(cfg:dict): # All settings, as `read_config` gives them
     t,columns = cfg['train'],['valid_loss','cls','box','rsna','AP50','AUC']+(['image'] if cfg['dls']['categories'] else [])
     RetinaLoss(Anchors(**cfg['anchors']), (cfg['dls']['size'],)*2, **cfg['loss']); Augment(**cfg['aug'])
     RetinaNet(Backbone(cfg['model']['backbone']), levels=cfg['anchors']['levels'], **{k:v for k,v in cfg['model'].items() if k not in OF_LEARNER})
+    told,how = cfg['dls']['metadata'],cfg['model']['metadata']
+    if how and how not in conditions: raise ValueError(f"model.metadata = {how!r} is not one of {list(conditions)}")
+    if how and not told: raise ValueError(f"model.metadata = {how!r}, but dls.metadata names no columns; dls.metadata = ['age','sex','view'] does")
     if t['monitor'] not in columns: raise ValueError(f"train.monitor = {t['monitor']!r} is no column of the table, those are {', '.join(columns)}")
     if t['track'] is not None and t['track'] not in trackers: raise ValueError(f"train.track = {t['track']!r} is not one of {list(trackers)}")
     if t['frozen'] and not cfg['model']['pretrained'] and not t['classify']: raise ValueError(f"train.frozen = {t['frozen']} with model.pretrained = false: a backbone that has learnt nothing is frozen; take frozen=0")
