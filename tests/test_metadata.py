@@ -311,3 +311,12 @@ def test_settings(tmp_path):
     for more,why in ((['model.metadata=film'],'names no columns'), (['dls.metadata=["age"]','model.metadata=flim'],'is not one of')):
         with pytest.raises(ValueError, match=why): check_values(read_config(None, schema, more))
     assert run_name(read_config(None, schema))==run_name({s:{k:v for k,v in o.items() if 'metadata' not in k} for s,o in read_config(None, schema).items()}) # older runs are found again
+
+def test_parts_of_an_epoch_bring_them_along(tmp_path):
+    from lungdet.distributed import SharedDL
+    dls = detection_dls(told(tmp_path, 14), size=32, bs=3, aug=None, metadata=COLS)
+    order = list(dls.train.get_idxs())
+    parts = [SharedDL(dls.train, r, 2, 'cpu') for r in range(2)]
+    for p in parts: p._broadcast = lambda t, r: order
+    seen = [b[1][:,0].tolist() for p in parts for b in p]
+    assert [p.n_inp for p in parts]==[2,2] and sorted(sum(seen,[]))==pytest.approx(sorted(dls.ann.part('train').images.age), rel=1e-6)
