@@ -33,7 +33,7 @@ def describe_woman(
     s.masses = {side:[mass() for _ in range(rng.choice(3, p=[.6,.34,.06]))] for side in 'RL'}
     return s
 
-# %% ../nbs/13_mammograms.ipynb #32b2fa0b
+# %% ../nbs/13_mammograms.ipynb #81d41d76
 ASPECT,PART = 1914/2294,4 # of width to height, as the Senographe 2000D has it; anatomy is drawn at one part in 4
 
 class View:
@@ -50,16 +50,19 @@ class View:
         at = np.r_[0, np.linalg.norm(np.diff(pts,axis=0),axis=1).cumsum()]
         skin = CubicSpline(at, pts)(np.linspace(0, at[-1], 120))
         self.nipple,self.skin = np.array([d,y]),np.r_[[[-.1,skin[0,1]]], skin, [[-.1,skin[-1,1]]]]
-    def fill(self, pts):
-        m = np.zeros(self.shape, np.uint8)
-        return cv2.fillPoly(m, [(np.asarray(pts)*self.k*16).round().astype(np.int32)], 255, cv2.LINE_AA, 4).astype(np.float32)/255
+    def fill(self, pts, full=False): # 1 inside, at a quarter of the size or at full size
+        k,m = (self.h,np.zeros((self.h,self.w), np.uint8)) if full else (self.k,np.zeros(self.shape, np.uint8))
+        return cv2.fillPoly(m, [(np.asarray(pts)*k*16).round().astype(np.int32)], 255, cv2.LINE_AA, 4).astype(np.float32)/255
+    def breast(self, full=False): # the same for skin and nipple
+        t = np.linspace(0, 2*np.pi, 40)
+        return np.maximum(self.fill(self.skin, full), self.fill(self.nipple+.014*np.c_[np.cos(t),np.sin(t)], full))
     def noise(self, base, octaves=4, fall=1.6): # of several sizes: `base` cells on a side, twice as many, ...
         r,(h,w) = self.rng,self.shape
         return sum(cv2.resize(r.standard_normal((base<<o,base<<o), dtype=np.float32), (w,h), interpolation=cv2.INTER_CUBIC)/fall**o for o in range(octaves))/2
 
 def blur(m, sigma): return cv2.GaussianBlur(np.float32(m), (0,0), sigma)
 
-# %% ../nbs/13_mammograms.ipynb #bac72f09
+# %% ../nbs/13_mammograms.ipynb #d39c6e4e
 def ridges(n, width, power): return (1-width*abs(n)).clip(0)**power # bright lines where the noise `n` crosses 0
 
 def ducts(v, r, a):
@@ -69,10 +72,9 @@ def ducts(v, r, a):
     return blur(ridges(rays, 1, 3), 1)
 
 def tissue(v):
-    "Attenuation (h/4,w/4), the mask of the breast, and each pixel's distance to the skin, in heights"
-    s,k,breast = v.s,v.k,v.fill(v.skin)
-    cv2.circle(breast, (v.nipple*k).astype(int).tolist(), int(.014*k), 1., -1, cv2.LINE_AA)
-    d = cv2.distanceTransform((breast>.5).astype(np.uint8), cv2.DIST_L2, 5)/k
+    "Attenuation (h/4,w/4), and each pixel's distance to the skin, in heights"
+    s,k,breast = v.s,v.k,v.breast()
+    d = blur(cv2.distanceTransform((breast>.5).astype(np.uint8), cv2.DIST_L2, 5)/k, 1.2)
     u = (d/.11).clip(0,1)
     thick = np.sqrt(u*(2-u))
     y,x = np.mgrid[:v.shape[0],:v.shape[1]]/k
@@ -83,12 +85,12 @@ def tissue(v):
     gland = 1/(1+np.exp(-5*(.9*disc+.75*v.noise(5)+(-1.4,-.75,-.15,.5)[s.acr-1])))*(d>.015)
     gland = blur(gland, .004*k)*((d-.015)/.03).clip(0,1)
     att = thick*(.27+.05*cloud+.035*mesh+.02*fine+.03*lines)+.36*gland*(.72+.22*lines+.16*mesh+.3*cloud).clip(.2)
-    att += .1*np.exp(-((d-.004)/.0035)**2)*(breast>.3) # the skin is seen edge-on
+    att += .14*np.exp(-((d-.004)/.0035)**2) # the skin is seen edge-on
     if v.view=='MLO':
         top,low = v.rng.normal([.27,.56],.03)
-        muscle = blur(v.fill([(-.05,-.05),(top,-.05),(top*.72,low*.35),(top*.3,low*.78),(-.02,low),(-.05,low)]), .006*k)*(breast>.5)
+        muscle = blur(v.fill([(-.05,-.05),(top,-.05),(top*.72,low*.35),(top*.3,low*.78),(-.02,low),(-.05,low)]), .006*k)*breast
         att = att*(1-.5*muscle)+muscle*(.4+.05*cloud+.03*fine)
-    return np.float32(att),breast,d
+    return np.float32(att),d
 
 # %% ../nbs/13_mammograms.ipynb #77b0fc3d
 def outline(m, rng, px):
@@ -140,7 +142,7 @@ def lymph_nodes(v, att):
         y,x = np.mgrid[-3:3:int(6*r)*1j,-3:3:int(6*r)*1j]
         stamp(att, .16*(np.exp(-(x**2+(y/1.6)**2)**2)-.8*np.exp(-((2*x-1)**2+(y/.7)**2)**2)), at)
 
-# %% ../nbs/13_mammograms.ipynb #2c93092b
+# %% ../nbs/13_mammograms.ipynb #8f917109
 def place(v, m, d):
     "Where the middle of mass `m` lies, in heights: inside of the breast, as far from the skin as it needs"
     a,t = m.angle[v.view],m.away
@@ -151,16 +153,15 @@ def place(v, m, d):
         a,t = .9*a,.97*t
     return at
 
-def expose_breast(v, att, breast):
+def expose_breast(v, att):
     "Attenuation (h,w) to a picture of 12 bits: grain, noise, and a curve; 0 where no breast is"
-    rng,(h,w) = v.rng,att.shape
-    mask = cv2.resize(breast, (w,h))
+    rng,(h,w),mask = v.rng,att.shape,v.breast(full=True)
     att = att*(1+.03*cv2.resize(rng.standard_normal((h//2,w//2), dtype=np.float32), (w,h)))
     att += .035*np.sqrt(att.clip(.05))*blur(rng.standard_normal((h,w), dtype=np.float32), .8)
-    im = (4800*(1-np.exp(-2*att.clip(0)))*mask).clip(1,4095)
+    im = (4600*(1-np.exp(-1.5*att.clip(0)))*mask).clip(1,4095)
     return np.where(mask>.02, im, 0).astype(np.uint16)
 
-# %% ../nbs/13_mammograms.ipynb #c9fc823f
+# %% ../nbs/13_mammograms.ipynb #4ec34b74
 def mammogram(
     s:SimpleNamespace, # From `describe_woman`
     side:str, view:str, # 'R' or 'L'; 'CC' or 'MLO'
@@ -168,7 +169,7 @@ def mammogram(
 )->tuple: # uint16 (h,w) of 12 bits; outlines of the masses, each (72,2); places of calcifications (n,2), px
     "Draw one view of woman `s`; the chest wall of a right breast is on the right"
     v = View(s, side, view, height)
-    att,breast,d = tissue(v)
+    att,d = tissue(v)
     att,found = cv2.resize(att, (v.w,v.h), interpolation=cv2.INTER_CUBIC),[]
     for m in s.masses[side]:
         at,px = place(v, m, d)*v.h,m.size*v.h
@@ -177,11 +178,11 @@ def mammogram(
         found.append(p+np.round(at))
     dots = calcifications(v, att, d)
     lymph_nodes(v, att)
-    im = expose_breast(v, att, breast)
+    im = expose_breast(v, att)
     if side=='L': return im,found,dots
     return np.ascontiguousarray(im[:,::-1]),[p*[-1,1]+[v.w-1,0] for p in found],dots*[-1,1]+[v.w-1,0]
 
-# %% ../nbs/13_mammograms.ipynb #5fe7de15
+# %% ../nbs/13_mammograms.ipynb #6805137d
 def write_view(s, k, folder, height):
     "Draw and write view `k` of woman `s`, unless it is there; its row of the table"
     side,view = VIEWS[k]
@@ -204,7 +205,7 @@ def mammography_dicom(s, im, side, view, name):
     ds = header(SimpleNamespace(view=view, patient='removed', age=s.age, sex='F', spacing=0, id=f'{s.code}{name}', special='standard age'), im)
     ds.Modality,ds.BodyPartExamined,ds.ImageLaterality,ds.SOPClassUID = 'MG','BREAST',side,uid.DigitalMammographyXRayImageStorageForPresentation
     ds.PixelSpacing = [round(229.4/im.shape[0],4)]*2 # the detector is 229.4 mm high
-    ds.file_meta = dataset.FileMetaDataset()
+    ds.WindowCenter,ds.WindowWidth,ds.file_meta = 2048,4096,dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     ds.add_new('PixelData', 'OW', im.tobytes())
     ds.compress(uid.JPEGLSLossless, generate_instance_uid=False)
