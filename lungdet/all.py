@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #c7878508
+# %% ../nbs/index.ipynb #b16fa6c1
 from .core import *
 from .explore import *
 from .dicom import *
@@ -46,6 +46,16 @@ from .uncertain import *
 from .errors import *
 from .card import *
 from .report import *
+from .metadata import *
+from .mammograms import *
+from .patches import *
+from .tiles import *
+from .classes import *
+from .ensemble import *
+from .agree import *
+from .volumes import *
+from .series import *
+from .linking import *
 from .config import *
 from .train import *
 from .study import *

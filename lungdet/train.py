@@ -7,7 +7,7 @@ __all__ = ['label_formats', 'OF_LEARNER', 'schema', 'experiments', 'read_images'
            'roll_dice', 'build_learner', 'check_values', 'provenance', 'headline_scores', 'train', 'config_file',
            'evaluate_run']
 
-# %% ../nbs/17a_train.ipynb #a20d9720
+# %% ../nbs/17a_train.ipynb #b77f0fb1
 import argparse, hashlib, importlib.metadata, json, platform, re, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from filelock import FileLock, Timeout
@@ -73,7 +73,7 @@ def _as_pngs(ann, name, png_size, fit):
     pngs = convert_folder(dicoms, work_path(f'png_{png_size}_{fit}', name), size=png_size, fit=fit, progress=False)
     return ann.use_pngs(pngs.assign(image_id=pngs.source.map(lambda o: paths[str(Path(o))])))
 
-# %% ../nbs/17a_train.ipynb #34028130
+# %% ../nbs/17a_train.ipynb #07a04a11
 def load_images(
     valid:float=.2,    # Share of images for validation
     seed:int=42,       # Which ones
@@ -163,7 +163,7 @@ def _classify(learn, file, epochs, lr):
         save_weights(learn.model, {}, file)
     learn.model.load_state_dict(load_weights(file)[0])
 
-# %% ../nbs/17a_train.ipynb #d6c7ff0f
+# %% ../nbs/17a_train.ipynb #58b4fb58
 OF_LEARNER = keys_of(retinanet_learner, ('dls','anchors','loss','model','opt_func'))
 schema = Schema(
     data=keys_of(load_images)|keys_of(read_images), dls=keys_of(detection_dls, ('ann','aug','cache','stats','device')), aug=keys_of(Augment), anchors=keys_of(Anchors),
@@ -181,7 +181,7 @@ def build_learner(
     model = {k:v for k,v in cfg['model'].items() if k not in OF_LEARNER}
     return retinanet_learner(dls, anchors=Anchors(**cfg['anchors']), loss=cfg['loss'], model=model, **{k:cfg['model'][k] for k in OF_LEARNER}, **kwargs)
 
-# %% ../nbs/17a_train.ipynb #2010919b
+# %% ../nbs/17a_train.ipynb #5ea2ea82
 def check_values(cfg:dict): # All settings, as `read_config` gives them
     "A `ValueError` for settings that cannot be, or that contradict each other, before anything is read"
     t,columns = cfg['train'],['valid_loss','cls','box','rsna','AP50','AUC']+(['image'] if cfg['dls']['categories'] else [])
@@ -253,7 +253,7 @@ def _prepare(cfg, folder, begun):
     write_config(cfg, folder/'config.toml')
     return ann
 
-# %% ../nbs/17a_train.ipynb #c0553add
+# %% ../nbs/17a_train.ipynb #3161c7c7
 def _train(cfg, folder, ann, show, cbs):
     "What `train` does once the folder is its own"
     set_seed(cfg['train']['seed'], reproducible=True)
@@ -272,7 +272,7 @@ def _rows(learn):
         print(' '.join(f'{o:10.4f}' if isinstance(o,float) else f'{o:>10}' for o in row), flush=True)
     return log
 
-# %% ../nbs/17a_train.ipynb #5f364204
+# %% ../nbs/17a_train.ipynb #4d504ef6
 def _leave(learn, ann, table, cfg, folder, minutes):
     "Write what came of a run"
     plot_curves(table.drop(columns=['epoch','phase']), best=cfg['train']['monitor'])
@@ -336,7 +336,7 @@ def _check(cfg):
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 
-# %% ../nbs/17a_train.ipynb #6f27e476
+# %% ../nbs/17a_train.ipynb #82476259
 def evaluate_run(
     run:str|Path, # Folder of a finished run
     ann:Annotations|None=None, # Images to judge it on; those that it held back if None

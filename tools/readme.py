@@ -18,6 +18,7 @@ def picture()->bytes:
 def readme()->str:
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*(hide|export|default_exp)', c.source, flags=re.M)]
+    nb.cells = [nbformat.v4.new_markdown_cell(c.outputs[0].data['text/markdown']) if 'echo: false' in c.source else c for c in nb.cells] # a table, without its code
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     nb.metadata['language_info'] = {'name':'python'} # so that code blocks are coloured
     text,_ = MarkdownExporter().from_notebook_node(nb)
