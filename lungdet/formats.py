@@ -153,7 +153,7 @@ def load(cls:Annotations, folder:str|Path)->Annotations:
     "Read what `save` wrote into `folder`"
     folder = Path(folder)
     if not (folder/'images.csv').exists(): raise ValueError(f"no images.csv in {folder}; was it written by Annotations.save?")
-    ids = dict(image_id=str, patient_id=str, birads=str, acr=str, label=str) # what looks like numbers and is none
+    ids = dict(image_id=str, patient_id=str, birads=str, acr=str, series=str, label=str) # what looks like numbers and is none
     return cls(pd.read_csv(folder/'images.csv', dtype=ids), pd.read_csv(folder/'boxes.csv', dtype=ids),
                json.loads((folder/'classes.json').read_text()))
 

@@ -61,6 +61,12 @@ def test_save_and_load_give_the_same(tmp_path_factory, seed):
     pd.testing.assert_frame_equal(back.images, ann.images, check_dtype=False)
     assert back.classes==ann.classes
 
+def test_ids_that_look_like_numbers_stay_text(tmp_path):
+    "A scan in the file 001.nii.gz is the series '001'"
+    ims = pd.DataFrame(dict(image_id=['001_000','002_000'], patient_id=['01','02'], series=['001','002'], slice=0))
+    back = Annotations.load(Annotations(ims, pd.DataFrame(columns=['image_id','x1','y1','x2','y2','label']), ['lesion']).save(tmp_path))
+    assert back.images.series.tolist()==['001','002'] and back.images.patient_id.tolist()==['01','02']
+
 def test_coco_loads_in_pycocotools(tmp_path):
     import json
     from pycocotools.coco import COCO
