@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['write_series', 'series_table', 'slice_grid', 'read_series', 'reorient', 'write_nifti', 'read_nifti']
 
-# %% ../nbs/15a_series.ipynb #295b58cf
-import gzip, io, numpy as np, pandas as pd
+# %% ../nbs/15a_series.ipynb #589fb080
+import gzip, io, os, zlib, numpy as np, pandas as pd
 from pathlib import Path
 from pydicom import Dataset
 from pydicom.pixels import apply_modality_lut
@@ -14,11 +14,11 @@ from pydicom.uid import MRImageStorage, generate_uid
 from pydicom.valuerep import DSfloat
 from scipy.optimize import linear_sum_assignment
 from .core import atomic_path
-from .dicom import DicomError, read_dicom, _decode, _padding, _parse, _said, _text
+from .dicom import DicomError, read_dicom, _decode, _first, _padding, _parse, _said, _text
 from .convert import sources
 from .volumes import Volume
 
-# %% ../nbs/15a_series.ipynb #a9c954da
+# %% ../nbs/15a_series.ipynb #103925f1
 def write_series(
     vol:Volume, # Of whole numbers
     folder:str|Path, # Made if need be
@@ -38,18 +38,20 @@ def write_series(
         ds.ImageOrientationPatient = [number(o) for o in (vol.affine[:3,:2]/vol.spacing[:2]).T.ravel()]
         ds.ImagePositionPatient = [number(o) for o in (vol.affine@[0,0,k,1])[:3]]
         ds.PixelSpacing,ds.SliceThickness = [number(o) for o in vol.spacing[1::-1]],number(vol.spacing[2]) # the vertical spacing first
+        ds.SpacingBetweenSlices = ds.SliceThickness
         for o,v in header.items(): setattr(ds, o, v)
         with atomic_path(folder/f'IM{names[k]:04d}.dcm') as p: ds.save_as(p, enforce_file_format=True)
     return folder
 
-# %% ../nbs/15a_series.ipynb #74a0ebd8
-_TAGS = ('SeriesInstanceUID SeriesDescription Modality ImageType ImagePositionPatient ImageOrientationPatient PixelSpacing '
+# %% ../nbs/15a_series.ipynb #63855f44
+_TAGS = ('SeriesInstanceUID SeriesDescription Modality ImageType ImagePositionPatient ImageOrientationPatient PixelSpacing SpacingBetweenSlices SliceThickness '
          'Rows Columns NumberOfFrames PatientID').split()
 
 def _headers(folder)->pd.DataFrame: # One row per file; `series` is '' if unknown, `reason` says why it is no slice
     "The headers of all DICOMs of `folder`"
     rows = []
-    for i,s in sources(folder, 'path').items():
+    for s in sources(folder, 'path').values():
+        i = s.member or (os.path.relpath(s.path, folder) if Path(folder).is_dir() else Path(s.path).name)
         row = dict(file=i, source=s, series='', description='', modality='', patient='', localizer=False, ds=None, reason='')
         try: ds = _parse(s, io.BytesIO(s.read()) if s.member else s.path, stop_before_pixels=True, specific_tags=_TAGS)
         except DicomError as e: rows.append(row|dict(reason=str(e))); continue
@@ -65,7 +67,7 @@ def series_table(
     g = _headers(folder).groupby('series', sort=True)
     return g.agg(description=('description','first'), modality=('modality','first'), files=('file','size'), localizers=('localizer','sum')).reset_index()
 
-# %% ../nbs/15a_series.ipynb #dc36b7d7
+# %% ../nbs/15a_series.ipynb #16741f1c
 def slice_grid(
     pos:np.ndarray,    # Position of the first voxel of each picture, mm in the patient, (n,3)
     orient:np.ndarray, # Directions of its rows and of its columns, (6,)
@@ -82,7 +84,7 @@ def slice_grid(
     if len(t)<2: raise ValueError(f"{names[0]} is the only slice, so there is no volume; is the rest in another series?")
     if (same := gap<.01).any():
         i = order[same.argmax()],order[same.argmax()+1]
-        raise ValueError(f"{same.sum()} slices are in the place of another, such as {names[i[0]]} and {names[i[1]]}; copies, or several echoes or phases in one series?")
+        raise ValueError(f"{names[i[0]]} and {names[i[1]]} lie in one place, and so do {same.sum()} pairs in all; delete copies, and read echoes or phases of one series from folders of their own")
     n = np.round(gap/gap.min())
     step = gap.sum()/n.sum()
     if (abs(gap/step-n)>tol).any():
@@ -149,7 +151,13 @@ def _one_shape(df):
         if other.any(): raise ValueError(f"two {what} in one series: {rows[0,cols].tolist()} in {df.file[0]} and {rows[other][0,cols].tolist()} in {df.file[other.argmax()]}; is a localizer among them?")
     return rows[0,:6],rows[0,6:8]
 
-# %% ../nbs/15a_series.ipynb #7de4ba1e
+# %% ../nbs/15a_series.ipynb #5cc3578c
+def _thinned(ds, step, where):
+    "A `ValueError` if the header `ds` says that slices were much less than `step` mm apart"
+    said = [_first(ds,o) or 0 for o in ('SpacingBetweenSlices','SliceThickness')]
+    if said[0]>0 and step>1.5*max(said): raise ValueError(f"{where}: slices lie {step:.2f} mm apart, and the header says {said[0]:.2f}; is every second one missing? incomplete='accept' reads them as they are")
+
+# %% ../nbs/15a_series.ipynb #b98d8435
 def read_series(
     folder:str|Path, # Searched recursively; or a zip
     series:str|None=None, # Its UID, if there are several
@@ -164,6 +172,7 @@ def read_series(
     if len(bad) and incomplete=='raise': raise ValueError(f"{len(bad)} of {len(every)} files cannot be read, such as {bad.reason.iloc[0]}; incomplete='accept' goes on without them")
     orient,spacing = _one_shape(df)
     k,affine = slice_grid(np.array([_numbers_of(o,'ImagePositionPatient',3,f) for f,o in zip(df.file,df.ds)]), orient, spacing, df.file.tolist())
+    if incomplete=='raise': _thinned(df.ds[0], np.linalg.norm(affine[:3,2]), Path(folder).name)
     missing = tuple(sorted({*range(k.max()+1)}-{*k.tolist()}))
     if missing and incomplete=='raise':
         step,(a,b) = np.linalg.norm(affine[:3,2]),(df.file[k==max(k[k<missing[0]])].iloc[0],df.file[k==min(k[k>missing[0]])].iloc[0])
@@ -176,7 +185,7 @@ def read_series(
             missing = tuple(sorted({*missing,int(i)}))
     return Volume(_compact(array), affine, name or df.series[0], df.patient[0] or None, missing)
 
-# %% ../nbs/15a_series.ipynb #1a56c660
+# %% ../nbs/15a_series.ipynb #4dd6c393
 _SIDES = {'L':(0,1), 'R':(0,-1), 'P':(1,1), 'A':(1,-1), 'S':(2,1), 'I':(2,-1)} # axis of the patient, direction
 
 def reorient(
@@ -191,11 +200,11 @@ def reorient(
     m[:3,:3] = 0
     for new,(o,back) in enumerate(axes): m[o,new],m[o,3] = (-1,n[o]-1) if back else (1,0)
     array = vol.array.transpose([2-o for o,_ in axes[::-1]])[tuple(slice(None,None,-1 if b else None) for _,b in axes[::-1])]
-    kept,back = axes[2][0]==2,axes[2][1]
-    missing = tuple(sorted(n[2]-1-k if back else k for k in vol.missing)) if kept else ()
+    if vol.missing and axes[2][0]!=2: raise ValueError(f"{vol.name} lacks the slices {list(vol.missing)}, which are no slices towards {to!r}, so they would pass for tissue; replace(vol, missing=()) accepts that")
+    missing = tuple(sorted(n[2]-1-k if axes[2][1] else k for k in vol.missing))
     return Volume(np.ascontiguousarray(array), vol.affine@m, vol.name, vol.patient_id, missing)
 
-# %% ../nbs/15a_series.ipynb #0aa9ecf2
+# %% ../nbs/15a_series.ipynb #21110bf0
 def _nibabel():
     try: import nibabel
     except ImportError as e: raise ImportError("NIfTI files need the extra [volumes]: pip install 'lungdet[volumes]'") from e
@@ -211,21 +220,30 @@ def write_nifti(vol:Volume, path:str|Path)->Path: # `path`, *.nii or *.nii.gz
         p.write_bytes(gzip.compress(img.to_bytes()) if str(path).endswith('.gz') else img.to_bytes())
     return Path(path)
 
+def _one_of(img, name, frame):
+    "The volume number `frame` of `img`, or a `ValueError` that says why it is none"
+    if not (img.header['sform_code'] or img.header['qform_code']): raise ValueError(f"{name} has no orientation (sform and qform are 0), so its left and right are not known")
+    if not abs(np.linalg.det(d := img.affine[:3,:3]))>1e-9*np.linalg.norm(d)**3: raise ValueError(f"{name} has an affine without volume: {d.tolist()}")
+    if (kind := img.get_data_dtype()).kind not in 'iuf': raise ValueError(f"{name} holds values of {kind}, colours or complex numbers; a volume has one number per voxel")
+    if img.ndim not in (3,4): raise ValueError(f"{name} holds values of shape {img.shape}; a volume has three dimensions, and several in one file have four")
+    n = img.shape[3] if img.ndim==4 else 1
+    if frame is None and n!=1: raise ValueError(f"{name} holds {n} volumes, values of shape {img.shape}; choose one with frame=")
+    if not 0<=(frame or 0)<n: raise ValueError(f"{name} holds {n} volumes and none of number {frame}; frame= counts from 0")
+    return img.slicer[...,frame or 0] if img.ndim==4 else img
+
 def read_nifti(
     path:str|Path, # *.nii or *.nii.gz
-    frame:int|None=None, # Which volume of a file with several
+    frame:int|None=None, # Which volume of a file with several, from 0
     name:str|None=None, # Of the volume; of the file if None
     patient_id:str|None=None # NIfTI does not know it
 )->Volume:
     "The NIfTI file at `path` as axial slices from the feet to the head, rows to the back, columns to the left"
     path,nib = Path(path),_nibabel()
-    try: img = nib.load(path)
-    except (OSError,nib.filebasedimages.ImageFileError) as e: raise ValueError(f"{path} cannot be read as NIfTI: {_said(e)}") from e
-    if not (img.header['sform_code'] or img.header['qform_code']): raise ValueError(f"{path.name} has no orientation (sform and qform are 0), so its left and right are not known")
-    if img.ndim==4 and (frame is not None or img.shape[3]==1): img = img.slicer[...,frame or 0]
-    if img.ndim!=3: raise ValueError(f"{path.name} holds values of shape {img.shape}; one volume has three dimensions, choose one of several with frame=")
+    try:
+        img = nib.as_closest_canonical(_one_of(nib.load(path), path.name, frame))
+        array = _compact(np.asanyarray(img.dataobj).transpose(2,1,0))
+    except (OSError,EOFError,zlib.error,nib.filebasedimages.ImageFileError,nib.spatialimages.HeaderDataError) as e:
+        raise ValueError(f"{path} cannot be read as NIfTI; was it cut short? {_said(e)}") from e
     unit = dict(mm=1, unknown=1, meter=1000, micron=.001)[img.header.get_xyzt_units()[0]]
-    img = nib.as_closest_canonical(img)
-    array = _compact(np.asanyarray(img.dataobj).transpose(2,1,0))
     vol = Volume(array, np.diag([unit,unit,unit,1])@_LPS@img.affine, name or path.name.removesuffix('.gz').removesuffix('.nii'), patient_id)
     return reorient(vol) # mirrors columns and rows

@@ -17,7 +17,7 @@ from .dicom import _to8
 from .convert import encode_png
 from .formats import Annotations
 
-# %% ../nbs/15_volumes.ipynb #dd020af8
+# %% ../nbs/15_volumes.ipynb #b2c4dd45
 @dataclass
 class Volume:
     "A scan: its values, and where they lie in the patient"
@@ -27,12 +27,15 @@ class Volume:
     patient_id:str|None=None
     missing:tuple=()  # Slices that are not there; they are filled with the lowest value
     def __post_init__(self):
-        self.affine = np.asarray(self.affine, dtype=float)
+        self.array,self.affine = np.asarray(self.array),np.asarray(self.affine, dtype=float)
         if self.array.ndim!=3: raise ValueError(f"{self.name}: values of shape {self.array.shape}; a volume is (slices,h,w)")
         if self.affine.shape!=(4,4) or not abs(np.linalg.det(self.affine[:3,:3]))>1e-9: raise ValueError(f"{self.name}: no affine: {self.affine.tolist()}")
+        if not set(self.missing)<=set(range(len(self.array))): raise ValueError(f"{self.name}: missing={self.missing}, but its slices are 0 to {len(self.array)-1}")
 
     @property
     def spacing(self): return np.linalg.norm(self.affine[:3,:3], axis=0) # (3,): between columns, rows and slices, mm
+    @property
+    def voxel(self): return abs(np.linalg.det(self.affine[:3,:3])) # mm3 of one; less than the product of `spacing` on a skew grid
     @property
     def size(self): return self.spacing*self.array.shape[::-1] # (3,): along columns, rows and slices, mm
 
@@ -48,7 +51,7 @@ class Volume:
         n,h,w = self.array.shape
         return f"{self.name}: {n} slices of {h} x {w}, voxels of {' x '.join(f'{o:.2f}' for o in self.spacing)} mm"+(f", missing {list(self.missing)}" if self.missing else '')
 
-# %% ../nbs/15_volumes.ipynb #30766af4
+# %% ../nbs/15_volumes.ipynb #5c61a913
 def rough(rng, shape, spacing, mm):
     "Noise (slices,h,w) of mean 0 and deviation 1, as coarse as `mm`; `spacing` of columns, rows, slices in mm"
     a = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), [mm/o for o in spacing[::-1]], mode='wrap', truncate=2.5)
@@ -58,7 +61,7 @@ def radius(grid, centre, radii):
     "Distance of the points of `grid`, three arrays of mm, from `centre`, 1 on the surface of the ellipsoid with `radii`"
     return np.sqrt(sum(((g-c)/r)**2 for g,c,r in zip(grid, centre, radii)))
 
-# %% ../nbs/15_volumes.ipynb #1888a408
+# %% ../nbs/15_volumes.ipynb #ecd30623
 def head(rng, grid, spacing):
     "Brightness 0..1 of a head on `grid`, and how deep each voxel lies: 1 on the scalp"
     shape,size = grid[2].shape[:1]+grid[1].shape[1:2]+grid[0].shape[2:],rng.normal(1, .03, 3)*(78,98,105)
@@ -73,16 +76,18 @@ def head(rng, grid, spacing):
     for at,v in ((.84,.12), (.88,.06), (.95,.62), (1.,0.)): a = np.where(r>at, v, a) # fluid, skull, scalp, air
     return a, r
 
-# %% ../nbs/15_volumes.ipynb #412ac9d9
+# %% ../nbs/15_volumes.ipynb #48634d5f
 LESION = ['x1','y1','z1','x2','y2','z2'] # corners of a box in mm of the grid
 
 def _places(rng, grid, r, n, radii):
     "`n` ellipsoids inside of the brain and of the scan that do not touch: centre and radii, (n,6)"
     inside,res,ends = np.argwhere(r<.68),[],np.array([[g.min(),g.max()] for g in grid]).T
-    while len(res)<n:
+    for _ in range(20_000 if len(inside) else 0):                    # a place is found in some ten tries
+        if len(res)==n: break
         k,i,j = inside[rng.integers(len(inside))]
         c,s = np.array([grid[0][0,0,j], grid[1][0,i,0], grid[2][k,0,0]])+rng.uniform(-.5,.5,3),rng.uniform(*np.transpose(radii))
         if (c-s>ends[0]).all() and (c+s<ends[1]).all() and all(np.linalg.norm(c-o[:3])>max(s)+max(o[3:])+4 for o in res): res.append(np.r_[c,s])
+    if len(res)<n: raise ValueError(f"only {len(res)} of {n} lesions or flashes found a place in a scan of {' x '.join(f'{g.size} voxels' for g in grid)}, {' x '.join(f'{o:.0f}' for o in np.diff(ends, axis=0)[0])} mm; ask for fewer, or a larger shape")
     return np.array(res).reshape(-1,6)
 
 def make_volume(
@@ -117,7 +122,7 @@ def make_volume(
     for o in 'xyz': table[f'{o}1'],table[f'{o}2'] = table[o]-table[f'r{o}'],table[o]+table[f'r{o}']
     return Volume((a*1000).astype(np.int16), affine, f'head{seed:02d}', f'P{seed:03d}'), mask, table
 
-# %% ../nbs/15_volumes.ipynb #5c2d73ce
+# %% ../nbs/15_volumes.ipynb #eb9c5789
 def gray_slices(
     vol:Volume,
     window:tuple|None=None # Centre and width, such as (40,80) HU for a brain in CT; percentiles of the whole volume if None
@@ -125,17 +130,22 @@ def gray_slices(
     "`vol` as a screen shows it, all slices by one window"
     ds = Dataset()
     if window is not None:
+        if np.shape(window)!=(2,): raise ValueError(f"window={window!r} is not two numbers, centre and width")
         if not window[1]>0: raise ValueError(f"a window {window[1]} wide; it is centre and width, in this order")
         ds.WindowCenter,ds.WindowWidth = window
     known = np.ones(vol.array.shape, bool); known[list(vol.missing)] = False
     return _to8(vol.array, ~known, ds)
 
-# %% ../nbs/15_volumes.ipynb #123dccb0
+# %% ../nbs/15_volumes.ipynb #c4e81198
+def _thin(ax):
+    for p in ax.patches: p.set_linewidth(p.get_linewidth()/1.5)
+
+# %% ../nbs/15_volumes.ipynb #8224fecc
 def show_planes(
     vol:Volume,
     at=None,    # The point that the planes go through, mm of the grid (x,y,z); the middle if None
     truth=None, # Table of lesions with the columns `LESION`
-    found=None, # The same, of detections; with `score`
+    found=None, # The same, of detections; their `score` is written beside them if they have one
     window=None, figsize=(9,3.3) # As in `gray_slices`; inches
 ):              # Axes (3,)
     "Three planes of `vol` through a point, in millimetres, with the boxes that they cut"
@@ -150,22 +160,25 @@ def show_planes(
             if df is None: continue
             cut = df[(df[LESION[t]]<=at[t])&(df[LESION[t+3]]>=at[t])]
             show_boxes(None, cut[[LESION[u],LESION[v],LESION[u+3],LESION[v+3]]].to_numpy(), cut.get('score') if color==PRED else None, ax=ax, color=color)
+        _thin(ax)
         ax.axvline(at[u], color='w', lw=.5, alpha=.5); ax.axhline(at[v], color='w', lw=.5, alpha=.5)
         ax.set(title=f"{('sagittal','coronal','axial')[abs(d[:,t]).argmax()]} at {at[t]:.0f} mm", xlabel='mm')
         if d[2,v]>.7: ax.invert_yaxis()                              # the head is up
     return axs
 
-# %% ../nbs/15_volumes.ipynb #a7893504
+# %% ../nbs/15_volumes.ipynb #73211d97
 def lesion_mask(mask:np.ndarray)->np.ndarray: # Numbers from 1 (slices,h,w)
     "A mask of zeros and ones with a number for each connected lesion; voxels that share a corner are connected"
     return components(np.asarray(mask)>0, np.ones((3,3,3)))[0]
 
 def mask_boxes(mask:np.ndarray)->pd.DataFrame: # `slice`, corners in px, `lesion`
     "One box for each lesion on each slice of a numbered `mask` (slices,h,w)"
-    rows = [(k,s[1].start,s[0].start,s[1].stop,s[0].stop,i+1) for k,m in enumerate(np.asarray(mask)) for i,s in enumerate(find_objects(m)) if s]
+    mask = np.asarray(mask)
+    if mask.dtype.kind not in 'iu' or mask.ndim!=3: raise ValueError(f"a mask of {mask.dtype} and shape {mask.shape}; whole numbers (slices,h,w) are wanted, 1 for the first lesion; lesion_mask gives them")
+    rows = [(k,s[1].start,s[0].start,s[1].stop,s[0].stop,i+1) for k,m in enumerate(mask) for i,s in enumerate(find_objects(m)) if s]
     return pd.DataFrame(rows, columns=['slice',*XYXY,'lesion'])
 
-# %% ../nbs/15_volumes.ipynb #1cb52685
+# %% ../nbs/15_volumes.ipynb #c67fbdba
 def slice_id(vol:Volume, k:int)->str: return f'{vol.name}_{k:03d}'
 
 def _rows(vol, folder, window):
@@ -175,31 +188,34 @@ def _rows(vol, folder, window):
         path = Path(folder)/f'{slice_id(vol,k)}.png'
         with atomic_path(path) as p: p.write_bytes(encode_png(im))
         yield dict(image_id=slice_id(vol,k), path=str(path), patient_id=vol.patient_id, height=im.shape[0], width=im.shape[1], series=vol.name, slice=k,
-                   z=(k+.5)*vol.spacing[2], **{f'spacing_{o}':v for o,v in zip('xyz', vol.spacing)})
+                   z=(k+.5)*vol.spacing[2], **{f'spacing_{o}':v for o,v in zip('xyz', vol.spacing)}, voxel=vol.voxel)
 
 def slices_of(
     vols:list,         # Each a `Volume`, of different names
     folder:str|Path,   # For the PNGs
-    masks:list|None=None, # Numbered lesions of each, (slices,h,w); not known if None
+    masks:list|None=None, # Numbered lesions of each, (slices,h,w), zeros if it has none; not known if None
     label:str='lesion', # What they are
     window=None        # As in `gray_slices`
-)->Annotations:        # With `series`, `slice`, `z`, and `spacing_x`, `spacing_y`, `spacing_z` in mm on the images; `lesion` on the boxes
+)->Annotations:        # With `series`, `slice`, `z`, and `spacing_x`, `spacing_y`, `spacing_z` in mm and `voxel` in mm3 on the images; `lesion` on the boxes
     "All slices of `vols` as images"
+    if isinstance(vols, Volume) or not len(vols): raise ValueError(f"vols is a list of volumes, [vol] for one, not {vols!r}")
+    if masks is not None and len(masks)!=len(vols): raise ValueError(f"{len(masks)} masks for {len(vols)} volumes; masks is a list with one for each")
     if len({v.name for v in vols})<len(vols): raise ValueError(f"two volumes of one name among {[v.name for v in vols][:5]}; name= of the reader tells them apart")
     boxes = [pd.DataFrame(columns=['image_id',*XYXY,'lesion'])]
-    for v,m in zip(vols, masks or [], strict=masks is not None):
-        if m.shape!=v.array.shape: raise ValueError(f"{v.name} has values of shape {v.array.shape} and a mask of {m.shape}; was one of them turned?")
+    for v,m in zip(vols, [] if masks is None else masks):
+        if m is None: raise ValueError(f"{v.name} has no mask; one without lesions has a mask of zeros, one that nobody read is no example")
+        if np.shape(m)!=v.array.shape: raise ValueError(f"{v.name} has values of shape {v.array.shape} and a mask of {np.shape(m)}; was one of them turned?")
         b = mask_boxes(m)
         boxes.append(b[~b['slice'].isin(v.missing)].assign(image_id=lambda o: [slice_id(v,k) for k in o['slice']]).drop(columns='slice'))
     images = pd.DataFrame([r for v in vols for r in _rows(v, folder, window)])
     return Annotations(images, pd.concat([b for b in boxes if len(b)] or boxes, ignore_index=True).assign(label=label), [label])
 
-# %% ../nbs/15_volumes.ipynb #f355cc35
+# %% ../nbs/15_volumes.ipynb #053dfe6f
 def show_strip(
     vol:Volume,
     ks:list,    # Numbers of the slices to show
     truth=None, # Table of boxes with `image_id` and corners in px
-    found=None, # The same, of detections; with `score`
+    found=None, # The same, of detections; beside them stands their `lesion` if they have one, else their `score`
     window=None, ncols=6, **kwargs # As in `gray_slices`; for `show_grid`
 ):              # Axes, one per slice
     "Slices `ks` of `vol` with boxes"
@@ -209,5 +225,6 @@ def show_strip(
     axs = show_grid([a[k] for k in ks], [o if (o := of(truth,k)) is None else o[XYXY].to_numpy(float) for k in ks], titles=[f'slice {k}' for k in ks], ncols=ncols,
                     **dict(figsize=(1.9*min(ncols,len(ks)), 2.1*-(-len(ks)//ncols)))|kwargs)
     for k,ax in zip(ks,axs):
-        if found is not None: show_boxes(None, of(found,k)[XYXY].to_numpy(float), of(found,k).score.tolist(), ax=ax, color=PRED)
+        if (f := of(found,k)) is not None: show_boxes(None, f[XYXY].to_numpy(float), **dict(labels=f.lesion) if 'lesion' in f else dict(scores=f.get('score')), ax=ax, color=PRED)
+        _thin(ax)
     return axs
