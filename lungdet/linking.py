@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PLACE', 'POOLS', 'link_slices', 'placed', 'link_boxes', 'lesion_table', 'iou3', 'match_lesions', 'as_scans']
 
-# %% ../nbs/15b_linking.ipynb #95f0eb5b
+# %% ../nbs/15b_linking.ipynb #f49f4d57
 import numpy as np, pandas as pd
 from scipy.optimize import linear_sum_assignment
 from .core import XYXY
 from .formats import Annotations, complain
-from .evaluate import check_threshold, pair_iou
+from .evaluate import pair_iou
 from .volumes import LESION, Volume
 
-# %% ../nbs/15b_linking.ipynb #ab086365
+# %% ../nbs/15b_linking.ipynb #0600e6d3
 def link_slices(
     boxes:np.ndarray,  # Corners in px, (n,4)
     slices:np.ndarray, # The slice that each is on, (n,)
@@ -33,12 +33,22 @@ def link_slices(
             else: last[res[i]] = i
     return res
 
-# %% ../nbs/15b_linking.ipynb #e8791c74
-PLACE = ['series','slice','spacing_x','spacing_y','spacing_z'] # what `slices_of` knows of a slice
+# %% ../nbs/15b_linking.ipynb #f8105a5a
+PLACE = ['series','slice','spacing_x','spacing_y','spacing_z','voxel'] # what `slices_of` knows of a slice
+
+def _need(df, cols, what, hint):
+    "A `ValueError` if the table `df` lacks one of `cols`"
+    if lacks := [c for c in cols if c not in df]: raise ValueError(f"the {what} have no {lacks}; {hint}")
+
+def _overlap(iou):
+    if not 0<=iou<=1: raise ValueError(f"iou={iou}, but an overlap is a share from 0 to 1")
 
 def placed(boxes:pd.DataFrame, images:pd.DataFrame)->pd.DataFrame:
     "`boxes` with the columns `PLACE` of their `images`"
-    if lacks := [c for c in PLACE if c not in images]: raise ValueError(f"the images have no {lacks}; are they slices of a volume, from slices_of?")
+    _need(images, ['image_id',*PLACE], 'images', "are they slices of a volume, from slices_of?")
+    _need(boxes, ['image_id',*XYXY,'label'], 'boxes', "are they the table of detect, or of Annotations?")
+    complain(images.image_id.duplicated(keep=False), images, "one id for several slices; two scans of one name?")
+    complain(images[PLACE].isna().any(axis=1), images, f"one of {PLACE} is empty; an image that is no slice?")
     row = pd.Index(images.image_id).get_indexer(boxes.image_id)
     complain(row<0, boxes, "no image of this id; boxes of another scan?")
     return boxes.assign(**{c:images[c].to_numpy()[row] for c in PLACE})
@@ -52,7 +62,7 @@ def link_boxes(
 )->pd.DataFrame:         # `boxes` as they stood, with `PLACE` and `lesion`, from 1 in each series, 0 for none
     "Link boxes of one class through the slices of their scan"
     if gap<0 or min_len<1: raise ValueError(f"gap={gap} and min_len={min_len}: a lesion is seen on at least one slice, and misses none or some")
-    check_threshold(iou)
+    _overlap(iou)
     b = placed(boxes.reset_index(drop=True), images).assign(lesion=0)
     rank = b.assign(_worst=-b.get('score', pd.Series(0., b.index))).sort_values(['series','label','slice','_worst',*XYXY], kind='stable')
     for series,g in rank.groupby('series', sort=True):
@@ -64,7 +74,7 @@ def link_boxes(
             n += long.sum()
     return b.set_axis(boxes.index)
 
-# %% ../nbs/15b_linking.ipynb #0a625fd0
+# %% ../nbs/15b_linking.ipynb #c43290a6
 POOLS = dict(max=np.max, mean=np.mean, any=lambda s: 1-np.prod(1-s)) # scores (n,) to one
 
 def _measure(g, pool):
@@ -74,7 +84,7 @@ def _measure(g, pool):
     corners = np.array([g.x1.min(), g.y1.min(), k[0], g.x2.max(), g.y2.max(), k[-1]+1])*np.tile(s, 2)
     area = np.pi/4*np.interp(np.arange(k[0],k[-1]+1), k, ((g.x2-g.x1)*(g.y2-g.y1)).to_numpy(float)) # px
     score = dict(score=float(POOLS[pool](g.score.to_numpy()))) if 'score' in g else {}
-    return dict(series=r.series, lesion=r.lesion, label=r.label, **score, slices=len(g), first=k[0], last=k[-1], **dict(zip(LESION,corners)), ml=area.sum()*s.prod()/1000)
+    return dict(series=r.series, lesion=r.lesion, label=r.label, **score, slices=len(g), first=k[0], last=k[-1], **dict(zip(LESION,corners)), ml=area.sum()*r.voxel/1000)
 
 def lesion_table(
     boxes:pd.DataFrame,  # As `link_boxes` gives them; or true boxes with `lesion`
@@ -95,15 +105,18 @@ def iou3(a:np.ndarray, b:np.ndarray)->np.ndarray: # (n,6), (m,6) -> (n,m)
     inter = (np.minimum(a[...,3:],b[...,3:])-np.maximum(a[...,:3],b[...,:3])).clip(0).prod(-1)
     return inter/((a[...,3:]-a[...,:3]).prod(-1)+(b[...,3:]-b[...,:3]).prod(-1)-inter)
 
-# %% ../nbs/15b_linking.ipynb #7e4183a6
+# %% ../nbs/15b_linking.ipynb #ff91b528
 def match_lesions(
     truth:pd.DataFrame, # True lesions, as `lesion_table` gives them
     found:pd.DataFrame, # Detected ones, with `score`
     iou:float=.1,       # Overlap in three dimensions that makes a lesion found, if it is exceeded
-    within:float|None=None # Distance between the centres that makes it found instead, mm
+    within:float|None=None # Distance between the centres that makes it found instead, mm of the grid (on a skew one not quite those of the patient)
 )->pd.DataFrame:        # `found` with `claims`: row of `truth`, -1 for none; and `near`: the same, if others may have claimed it too
     "Let detections claim lesions of their scan and class, most confident first, each lesion once"
-    check_threshold(iou)
+    _overlap(iou)
+    for df,what in ((truth,'true lesions'),(found,'detected lesions')): _need(df, ['series','label',*LESION,*(['score'] if df is found else [])], what, "lesion_table gives them, with the score of boxes that have one")
+    kinds = {type(o) for df in (truth,found) for o in df.series}
+    if len(kinds)>1: raise ValueError(f"series of {len(kinds)} types, {sorted(o.__name__ for o in kinds)}: 1 is not '001'; was a table read without dtype=str?")
     t,f = truth[LESION].to_numpy(float),found[LESION].to_numpy(float)
     centres = np.linalg.norm((f[:,None,:3]+f[:,None,3:]-t[None,:,:3]-t[None,:,3:])/2, axis=-1)   # (F,T)
     o = iou3(f, t)
@@ -117,7 +130,7 @@ def match_lesions(
         if fit[i,j]*free[j]>0: claims[i],free[j] = j,0
     return found.assign(claims=claims, near=near)
 
-# %% ../nbs/15b_linking.ipynb #17401a32
+# %% ../nbs/15b_linking.ipynb #f6db13f3
 def as_scans(
     truth:pd.DataFrame,  # True lesions, as `lesion_table` gives them
     found:pd.DataFrame,  # Detected ones, with `score`
@@ -127,6 +140,8 @@ def as_scans(
 )->tuple:                # `Annotations` with an image per scan and a box per lesion, and predictions for them
     "Scans as pictures and lesions as boxes that overlap wholly or not at all, for the chapters that judge"
     if repeats not in ('wrong','ignore'): raise ValueError(f"repeats must be 'wrong' or 'ignore', not {repeats!r}")
+    _need(images, ['series','patient_id'], 'images', "all slices are wanted, from slices_of, and whose they are")
+    _need(found, ['series','score'], 'detected lesions', "lesion_table gives them, with the score of boxes that have one")
     scans = images.drop_duplicates('series')
     for df,what in ((truth,'true'),(found,'detected')):
         if lost := sorted(set(df.series)-set(scans.series)): raise ValueError(f"{len(lost)} scans with {what} lesions have no slices here, such as {lost[0]!r}; another part of the split?")

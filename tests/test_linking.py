@@ -9,7 +9,7 @@ from lungdet.readers import read_coco, read_voc
 from lungdet.data import detection_dls
 from lungdet.learner import retinanet_learner
 from lungdet.uncertain import intervals
-from lungdet.volumes import LESION, make_volume, slices_of
+from lungdet.volumes import LESION, Volume, make_volume, slices_of
 from lungdet.linking import *
 from lungdet.linking import PLACE
 from real import REAL
@@ -17,7 +17,7 @@ from real import REAL
 needs_brain = pytest.mark.skipif(not (REAL/'brain_mri').is_dir(), reason='no real data: set LUNGDET_REAL to its folder')
 
 def slices(n=30, series=('s',), mm=(.5,.7,4.)):
-    return pd.DataFrame([dict(image_id=f'{s}_{k}', series=s, slice=k, patient_id=f'p{s}', **dict(zip(PLACE[2:], mm))) for s in series for k in range(n)])
+    return pd.DataFrame([dict(image_id=f'{s}_{k}', series=s, slice=k, patient_id=f'p{s}', **dict(zip(PLACE[2:], [*mm,np.prod(mm)]))) for s in series for k in range(n)])
 
 def tracks(seed, n, series='s', drop=0):
     "Boxes of `n` lesions that drift in lanes of their own and are missed on at most `drop` slices in a row, and the lesion that each is of"
@@ -182,3 +182,33 @@ def test_brain_slices_from_coco_and_voc_train_the_same_model():
     raw = read_coco(d/'annotations.coco.json', d/'images')
     raw = trained(Annotations(raw.images.sort_values('image_id'), raw.boxes.sort_values(['image_id',*XYXY]), raw.classes))
     assert not all(torch.equal(c[k],raw[k]) for k in c)
+
+def test_a_lesion_on_a_leaning_grid_keeps_its_volume(tmp_path):
+    "The same slices, each pushed 30 degrees further: every slice and so the lesion keep their volume"
+    mask = np.zeros((6,20,20), np.uint8); mask[1:5,5:15,4:14] = 1
+    def ml(shift):
+        a = np.diag([2.,2,5,1]); a[1,2] = shift
+        ann = slices_of([Volume(mask.astype(np.int16), a)], tmp_path, [mask])
+        return lesion_table(ann.boxes, ann.images).ml[0]
+    assert ml(0)==pytest.approx(np.pi/4*20*20*20/1000) and ml(5*np.tan(np.radians(30)))==pytest.approx(ml(0))
+
+@pytest.mark.parametrize('boxes,images,why', [
+    (lambda b: b.drop(columns='image_id'), None, r"the boxes have no \['image_id'\]"), (lambda b: b.drop(columns='x1'), None, r"the boxes have no \['x1'\]"),
+    (lambda b: b.drop(columns='label'), None, r"the boxes have no \['label'\]"), (None, lambda i: i.drop(columns='image_id'), r"the images have no \['image_id'\]"),
+    (None, lambda i: i.drop(columns='voxel'), 'from slices_of'), (None, lambda i: pd.concat([i,i]), 'one id for several slices'),
+    (None, lambda i: i.assign(slice=np.nan), 'no slice'), (None, lambda i: i.assign(series=None), 'no slice')])
+def test_tables_that_cannot_be_linked(boxes, images, why):
+    same = lambda o: o
+    with pytest.raises(ValueError, match=why): link_boxes((boxes or same)(tracks(0,2)), (images or same)(slices(40)))
+
+@pytest.mark.parametrize('iou', [30, -.1, np.nan])
+def test_overlaps_are_shares(iou):
+    for f in (lambda: link_boxes(tracks(0,2), slices(40), iou=iou), lambda: match_lesions(volumes_of(2,0), volumes_of(2,1), iou=iou)):
+        with pytest.raises(ValueError, match=r'iou=\S+, but an overlap is a share'): f()
+
+def test_lesions_that_cannot_be_judged():
+    t,f = volumes_of(3,0),volumes_of(3,1)
+    for a,b,ims,why in ((t,f.drop(columns='score'),slices(2,'abc'),r"have no \['score'\]"), (t,f,slices(2,'abc').drop(columns='patient_id'),'whose they are'),
+                        (t.drop(columns='x1'),f,slices(2,'abc'),r"true lesions have no \['x1'\]"), (t.drop(columns='label'),f,slices(2,'abc'),r"\['label'\]")):
+        with pytest.raises(ValueError, match=why): as_scans(a, b, ims)
+    with pytest.raises(ValueError, match="1 is not '001'"): match_lesions(t.assign(series='1'), f.assign(series=1))

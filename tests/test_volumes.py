@@ -100,3 +100,44 @@ def test_viewer_is_in_millimetres_and_draws_what_the_plane_cuts(head):
     assert axs[1].get_ylim()[0]<axs[1].get_ylim()[1] and axs[0].get_ylim()[0]>axs[0].get_ylim()[1] # head up, nose up
     assert [ax.get_title().split()[0] for ax in axs]==['axial','coronal','sagittal']
     assert not show_planes(vol, (1,1,1), t)[0].patches
+
+def test_a_leaning_voxel_holds_its_determinant(head, tmp_path):
+    a = np.diag([2.,2,5,1]); a[1,2] = 5*np.tan(np.radians(30))
+    v = Volume(np.zeros((2,4,4), np.int16), a, 'lean')
+    assert v.voxel==pytest.approx(20) and v.voxel<.9*v.spacing.prod()
+    assert slices_of([v], tmp_path).images.voxel.tolist()==pytest.approx([20,20])
+    assert head[0].voxel==pytest.approx(head[0].spacing.prod())
+
+@pytest.mark.parametrize('kw', [dict(lesions=50), dict(lesions=1, shape=(2,32,32)), dict(lesions=1, shape=(8,3,3))])
+def test_lesions_that_do_not_fit_end_in_an_error(kw):
+    with pytest.raises(ValueError, match='found a place in a scan of'): make_volume(0, flashes=0, **kw)
+
+def test_arrays_are_made_of_lists_and_missing_slices_exist():
+    assert Volume([[[1]],[[2]]], np.eye(4)).array.shape==(2,1,1)
+    for missing in ((2,),(-1,)):
+        with pytest.raises(ValueError, match='its slices are 0 to 1'): Volume(np.zeros((2,1,1)), np.eye(4), missing=missing)
+
+@pytest.mark.parametrize('window', [40, (40,), (1,2,3), (40,0), (40,-1)])
+def test_windows_are_a_centre_and_a_width(head, window):
+    with pytest.raises(ValueError, match='centre and width'): gray_slices(head[0], window)
+
+@pytest.mark.parametrize('change', [lambda m: m>0, lambda m: m.astype(float)])
+def test_masks_without_numbers_point_to_lesion_mask(head, tmp_path, change):
+    with pytest.raises(ValueError, match='lesion_mask gives them'): slices_of(head[:1], tmp_path, [change(head[1])])
+    assert len(slices_of(head[:1], tmp_path, [lesion_mask(change(head[1]))]).boxes)
+
+def test_slices_of_what_is_no_list(head, tmp_path):
+    vol,mask,_ = head
+    for v in (vol,[]):
+        with pytest.raises(ValueError, match='a list of volumes'): slices_of(v, tmp_path)
+    with pytest.raises(ValueError, match='head05 has no mask'): slices_of([vol], tmp_path, [None])
+    for masks in ([], [mask,mask], mask):
+        with pytest.raises(ValueError, match='masks for 1 volumes'): slices_of([vol], tmp_path, masks)
+
+def test_detections_without_a_score_are_drawn(head, tmp_path):
+    vol,mask,_ = head
+    b = slices_of([vol], tmp_path, [mask]).boxes
+    k = int(b.image_id[0][-3:])
+    def texts(df): return [t.get_text() for t in show_strip(vol, [k], found=df)[0].texts]
+    n = (b.image_id==b.image_id[0]).sum()
+    assert texts(b.drop(columns='lesion'))==[] and texts(b)==[str(int(o)) for o in b.lesion[:n]] and texts(b.drop(columns='lesion').assign(score=.5))==['0.50']*n
