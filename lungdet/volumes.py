@@ -136,7 +136,7 @@ def gray_slices(
     known = np.ones(vol.array.shape, bool); known[list(vol.missing)] = False
     return _to8(vol.array, ~known, ds)
 
-# %% ../nbs/15_volumes.ipynb #c4e81198
+# %% ../nbs/15_volumes.ipynb #b5ab875a
 def _thin(ax):
     for p in ax.patches: p.set_linewidth(p.get_linewidth()/1.5)
 
