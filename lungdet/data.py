@@ -89,18 +89,20 @@ def metadata_fields(
         if c not in images: raise ValueError(f"images have no column {c!r} that a model could be told, they have {list(images.columns)}")
         v = images[c].dropna()
         if pd.api.types.is_numeric_dtype(v): v = v.astype(float)[np.isfinite(v.astype(float))]
-        if not len(v): raise ValueError(f"{c!r} is unknown of all {len(images)} training images; there is nothing to learn from it, leave it out")
+        if not len(v):
+            hint = "; text such as '45Y' counts as unknown, parse_age of chapter 02 reads it" if c=='age' else ''
+            raise ValueError(f"{c!r} is unknown of all {len(images)} training images{hint}. There is nothing to learn from it: mend the column, or leave it out")
         res.append(dict(name=c, mean=float(v.mean()), sd=float(v.std(ddof=0)) or 1.) if v.dtype==float else dict(name=c, values=sorted(v.astype(str).unique())))
     return res
 
 # %% ../nbs/05_data.ipynb #23915b8a
 class LoadMetadata(Transform):
-    "What a row says of `fields`, (m,): a number, the place of a name in `values`, or NaN if unknown; of a row that says nothing, the header of its DICOM"
+    "What a row says of `fields`, (m,): a number, the place of a name in `values`, or NaN if unknown; of a row without any of them, the header of its DICOM"
     def __init__(self, fields): self.fields = fields
     def encodes(self, o):
-        v = [_number(f, o.get(f['name'])) for f in self.fields]
-        if np.isnan(v).all(): v = [_number(f, h.get(f['name'])) for h in [_header(o['path'])] for f in self.fields]
-        return TensorBase(torch.tensor(v))
+        said = o if any(pd.notna(o.get(f['name'])) for f in self.fields) else _header(o['path'])
+        said = {**said, **o.get('instead', {})} # what `what_if` of chapter 12 wants to be said, whatever is true
+        return TensorBase(torch.tensor([_number(f, said.get(f['name'])) for f in self.fields]))
 
 def _number(field, v):
     "What `v` is in a batch"
