@@ -10,7 +10,7 @@ __all__ = ['retina_splitter', 'detector_adam', 'DetectionLearner', 'retinanet_le
 import torch, warnings, pandas as pd
 import torch.nn.functional as F
 from pathlib import Path
-from fastai.vision.all import Learner, L, Adam, get_model, progress_bar
+from fastai.vision.all import Learner, L, Adam, progress_bar
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
 from .boxes import area, clip_boxes
 from .formats import Annotations
@@ -92,20 +92,30 @@ def detect(
 )->pd.DataFrame: # One row per detection: `image_id`, corners in pixels of the original, `label`, `score`
     "Detections of `learn` on the images of `ann`"
     if point is not None: score_thr,nms_thr = min(score_thr, point.lowest),point.detect_nms
-    items = (learn.dls.ann.part('valid') if ann is None else ann).images.to_dict('records')
-    dl,loss,model,out,known = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[],False
+    if ann is None: ann = learn.dls.ann.part('valid')
+    if not hasattr(ann, 'images'): raise ValueError(f"detect looks at Annotations, this is a {type(ann).__name__}; for DICOMs in a folder: "
+                                                    "Annotations(dicom_table(folder), pd.DataFrame(columns=box_cols), learn.dls.classes)")
+    items = ann.images.to_dict('records')
+    dl,loss,model,out,known = learn.dls.test_dl(items),learn.loss_func,learn.model.to(learn.dls.device).eval(),[],[]
     side = loss.size if size is None else (size,size)
     def found(x, *meta): return [o[o[:,5]!=PAD] for o in postprocess(model(_seen(x, side, flip), *meta), loss.anchors, side, score_thr, nms_thr, **kwargs).cpu()]
     with torch.inference_mode():
         for x,*meta in progress_bar(dl) if progress else dl:
             out += found(x, *meta)
-            known = known or any(o.isfinite().any() for o in meta)
-    if not known and getattr(get_model(model), 'condition', None) is not None:
-        names = ', '.join(o['name'] for o in learn.dls.metadata)
-        warnings.warn(f"this detector was trained with {names}, and of these {len(items)} images none is known; are the columns missing, or named otherwise?", stacklevel=2)
+            known += [o.isfinite().any(0).tolist() for o in meta]
+    if any(getattr(m, 'condition', None) is not None for m in model.modules()): _warn_unknown(learn.dls.metadata, known, items)
     if flip: out = [torch.cat([side[1]-o[:,[2]], o[:,[1]], side[1]-o[:,[0]], o[:,3:]], 1) for o in out]
     res = pd.concat([_rows(o, it, side, learn.dls.classes) for o,it in zip(out,items)], ignore_index=True)
     return res if point is None else point.apply(res).reset_index(drop=True)
+
+def _warn_unknown(fields, known, items):
+    "Warn of those `fields` that a model was trained with and no row of `items` knows; for each batch, `known` has which are"
+    names = [f['name'] for f in fields]
+    lost = [f for f,*k in zip(fields,*known) if not any(k) and f['name'] not in items[0].get('instead', {})] # who lies knows it
+    if fields and not lost: return
+    what = f"of these {len(items)} images none is known" if len(lost)==len(fields) else f"unknown of all these {len(items)} images: {', '.join(f['name'] for f in lost)}"
+    odd = [f"{f['name']} {v!r} is none of {', '.join(f['values'])}" for f in lost if 'values' in f for v in [o[f['name']] for o in items if pd.notna(o.get(f['name']))][:1]]
+    warnings.warn(f"this detector was trained with {', '.join(names)}, and {what}; {'; '.join(odd) or 'are the columns missing, or named otherwise?'}", stacklevel=3)
 
 def _seen(x, side, flip):
     "Pictures `x` (N,C,h,w) at another `side` (height, width), and mirrored, if so"
@@ -147,6 +157,7 @@ def save_detector(
     path:str|Path  # File to write, *.safetensors
 )->Path:           # `path`
     "Write the model of `learn` and what it takes to build it again, whole or not at all"
+    if 'backbone' not in learn.detector: raise ValueError(f"{path} could not be loaded again: this learner is no single detector but {learn.detector}; keep the files of its parts")
     return save_weights(learn.model, learn.detector, path)
 
 # %% ../nbs/10_learner.ipynb #cd671628

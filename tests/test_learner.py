@@ -271,3 +271,15 @@ def test_categories_that_cannot_be(tmp_path):
     for cats,match in ((['Lesion','Normal'],'no image is of category'),(['Lesion'],'at least two')):
         with pytest.raises(ValueError, match=match): detection_dls(ann, size=64, categories=cats)
     with pytest.raises(ValueError, match='does not answer for them'): single_box_dls(ann, size=64, categories=['a','b'])
+
+def test_an_ensemble_is_not_saved(tmp_path):
+    learn = retinanet_learner(detection_dls(toy(tmp_path), size=64, bs=2), 'resnet18', pretrained=False, width=16, depth=1)
+    learn.detector = dict(ensemble=['a.safetensors','b.safetensors'])
+    with pytest.raises(ValueError, match='keep the files of its parts'): save_detector(learn, tmp_path/'e.safetensors')
+    assert not (tmp_path/'e.safetensors').exists()
+
+def test_detect_says_what_it_looks_at(tmp_path):
+    ann = toy(tmp_path)
+    learn = retinanet_learner(detection_dls(ann, size=64, bs=2), 'resnet18', pretrained=False, width=16, depth=1)
+    for odd,name in ((ann.images.path.tolist(),'list'), (ann.images,'DataFrame'), (ann.images.path[0],'str')):
+        with pytest.raises(ValueError, match=f'this is a {name}; for DICOMs in a folder.*dicom_table'): detect(learn, odd)
