@@ -6,12 +6,13 @@
 __all__ = ['TableRows', 'Condition', 'PadPicture', 'ConcatMaps', 'Film', 'ambiguous_studies', 'shuffle_metadata', 'paper_scores',
            'what_if']
 
-# %% ../nbs/12_metadata.ipynb #9a529bac
+# %% ../nbs/12_metadata.ipynb #ee9ea74c
 import cv2, math, numpy as np, pandas as pd, torch
 from pathlib import Path
 from torch import nn, Tensor
 from .core import atomic_path
 from .formats import Annotations
+from .data import LoadMetadata
 from .retinanet import conditions
 from .learner import detect
 from .evaluate import box_level, coco_map, image_level, image_scores, lesion_counts, precision_recall
@@ -122,14 +123,15 @@ def ambiguous_studies(
         if rng.random()<dict(AP=.8, PA=.2)[view]: boxes.append([name, *(mid-r).clip(0), *(mid+r).clip(max=size), 'opacity'])
     return Annotations(pd.DataFrame(images), pd.DataFrame(boxes, columns=['image_id','x1','y1','x2','y2','label']), ['opacity'])
 
-# %% ../nbs/12_metadata.ipynb #f6d6bd09
+# %% ../nbs/12_metadata.ipynb #d7317877
 def shuffle_metadata(
     ann:Annotations, # Images
     columns=('age','sex','view'), # What is dealt anew, all together
     seed:int=0       # How
 )->Annotations:
     "Each image with the `columns` of another image of its part: the control for a model that is told them"
-    images,rng = ann.images.copy(),np.random.default_rng(seed)
+    columns,images,rng = [columns] if isinstance(columns, str) else list(columns),ann.images.copy(),np.random.default_rng(seed)
+    if odd := [c for c in columns if c not in images]: raise ValueError(f"images have no column {odd[0]!r} to deal anew, they have {list(images.columns)}")
     at = np.arange(len(images))
     for idx in images.split.fillna('').groupby(images.split.fillna('')).indices.values(): at[idx] = rng.permutation(idx)
     for c in columns: images[c] = images[c].array[at]
@@ -148,19 +150,22 @@ def paper_scores(
     b = box_level(ann, preds, threshold)
     return pd.Series(dict(precision=b.precision, recall=b.recall, mAP=coco_map(ann, preds).AP50, threshold=threshold), dtype=float)
 
-# %% ../nbs/12_metadata.ipynb #06f4b39f
+# %% ../nbs/12_metadata.ipynb #8482cc51
 def what_if(
     learn,           # A learner of `retinanet_learner`
     ann:Annotations, # Images to show
     column:str,      # What to lie about, such as 'view'
-    values:list,     # What to say of all of them, in turn
+    values:list,     # What to say of all of them, in turn; NaN for unknown
     **kwargs         # For `detect`
-)->pd.DataFrame:     # For each of `values`: mean score of the images with and without a lesion, `AUC`, `AP50`
+)->pd.DataFrame:     # As they are, and for each of `values`: mean score of the images with and without a lesion, `AUC`, `AP50`
     "What becomes of the same pictures if all are said to be `values` in `column`"
+    fields = {f['name']:f for f in learn.dls.metadata}
+    if column not in fields: raise ValueError(f"this detector is not told {column!r}, but {', '.join(fields) or 'nothing'}; a lie about it changes nothing")
+    if odd := [v for v in values if pd.notna(v) and LoadMetadata([fields[column]])({'path':'', column:v}).isnan().all()]:
+        raise ValueError(f"{odd[0]!r} is nothing that this detector knows of {column!r}; it knows {', '.join(fields[column].get('values', ['numbers']))}, and NaN for unknown")
     pos,res = (lesion_counts(ann)>0).to_numpy(),{}
-    for v in values:
-        told = Annotations(ann.images.assign(**{column:v}), ann.boxes, ann.classes)
-        p = detect(learn, told, **kwargs)
-        s = image_scores(told, p).to_numpy()
-        res[v] = {'score with a lesion':s[pos].mean(), 'score without':s[~pos].mean(), 'AUC':image_level(told, p).AUC, 'AP50':coco_map(told, p).AP50}
+    for k,lie in {'as they are':{}, **{v:{column:v} for v in values}}.items():
+        p = detect(learn, Annotations(ann.images.assign(instead=[lie]*len(ann)), ann.boxes, ann.classes), **kwargs)
+        s = image_scores(ann, p).to_numpy()
+        res[k] = {'score with a lesion':s[pos].mean(), 'score without':s[~pos].mean(), 'AUC':image_level(ann, p).AUC, 'AP50':coco_map(ann, p).AP50}
     return pd.DataFrame(res).T.rename_axis(column)

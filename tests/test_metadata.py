@@ -239,9 +239,49 @@ def test_unknown_of_all_is_a_warning_once(tmp_path):
     lost = Annotations(ann.images.drop(columns=COLS).assign(Age=40), ann.boxes, ann.classes)
     with pytest.warns(UserWarning, match='age, sex, view, and of these 12 images none') as w: got = detect(learn, lost, score_thr=.001)
     assert len([o for o in w if 'none is known' in str(o.message)])==1 and np.isfinite(got.score).all()
+    with pytest.warns(UserWarning, match='unknown of all these 12 images: age, sex; are the columns') as w:
+        detect(learn, Annotations(ann.images.assign(age=None, sex=None, view=['AP']+[None]*11), ann.boxes, ann.classes))
+    assert len(w)==1
+    with pytest.warns(UserWarning, match="unknown of all these 12 images: sex; sex 'f' is none of F, M"):
+        detect(learn, Annotations(ann.images.assign(sex='f'), ann.boxes, ann.classes))
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        detect(learn, Annotations(ann.images.assign(age=None, sex=None, view=['AP']+[None]*11), ann.boxes, ann.classes))
+        detect(learn, Annotations(ann.images.assign(age=[40]+[None]*11, sex=['f']*11+['M']), ann.boxes, ann.classes)) # one of each is known
+
+def test_an_ensemble_warns_too(tmp_path):
+    ann = told(tmp_path)
+    learn = wake(learner(tmp_path, 'film', ann=ann))
+    class Both(torch.nn.Module):
+        def __init__(self, models):
+            super().__init__()
+            self.models = torch.nn.ModuleList(models)
+        def forward(self, *xb): return self.models[0](*xb)
+    learn.model = Both([learn.model])
+    with pytest.warns(UserWarning, match='none is known'): detect(learn, Annotations(ann.images.drop(columns=COLS), ann.boxes, ann.classes))
+
+def test_a_wrong_row_is_taken_at_its_word(dicoms):
+    row,view = dicoms.images.iloc[0].to_dict(),LoadMetadata(FIELDS[2:])
+    true = view(dict(path=row['path']))
+    assert true.isfinite().all()
+    for odd in ('LL','ap'): assert view(row|dict(view=odd)).isnan().all() # no header undoes it
+    assert torch.equal(view(row|dict(view=None)), true)
+    assert view(row|dict(instead=dict(view=None))).isnan().all() and view(dict(path=row['path'], instead=dict(view='PA'))).tolist()==[1]
+    assert LoadMetadata(FIELDS)(dict(path=row['path'], instead=dict(view='PA')))[:2].isfinite().all() # a lie about one, the header for the others
+
+def test_lies(dicoms, tmp_path):
+    "Unknown is a lie of its own, also about DICOMs; what cannot be one is refused"
+    for cols in (['view'],COLS):
+        learn = wake(learner(tmp_path, 'film', ann=dicoms, metadata=cols))
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            full = what_if(learn, dicoms, 'view', [nan,'AP','PA'], score_thr=.001)
+        assert full.index[0]=='as they are' and len(full)==4 and not full['score without'].iloc[1:].duplicated().any()
+        bare = Annotations(dicoms.images[['image_id','path','height','width']], dicoms.boxes, dicoms.classes)
+        pd.testing.assert_frame_equal(what_if(learn, bare, 'view', [nan,'AP','PA'], score_thr=.001), full)
+        for col,vs,why in (('veiw',['AP'],"not told 'veiw', but .*view"), ('view',['AP','ap'],"'ap' is nothing .*AP, PA"), ('view','AP',"'A' is nothing")):
+            with pytest.raises(ValueError, match=why): what_if(learn, dicoms, col, vs)
+    with pytest.raises(ValueError, match="'abc' is nothing .*numbers"): what_if(learn, dicoms, 'age', [50,'abc'])
+    assert 'instead' not in dicoms.images
 
 @pytest.mark.parametrize('way', WAYS)
 def test_scores_of_the_epoch_are_those_of_detect(tmp_path, way):
@@ -293,6 +333,16 @@ def test_shuffled_within_parts_and_together(tmp_path):
     assert shuffle_metadata(ann, seed=1).images.equals(new) and not shuffle_metadata(ann, seed=2).images.equals(new)
     unsplit = Annotations(ann.images.assign(split=None), ann.boxes, ann.classes)
     assert sorted(shuffle_metadata(unsplit).images.age)==sorted(ann.images.age)
+
+def test_shuffled_columns_are_named_and_there(tmp_path):
+    ann = told(tmp_path)
+    new = shuffle_metadata(ann, 'age').images
+    assert new.sex.equals(ann.images.sex) and sorted(new.age)==sorted(ann.images.age) and not new.age.equals(ann.images.age)
+    with pytest.raises(ValueError, match="no column 'agge'"): shuffle_metadata(ann, ['age','agge'])
+
+def test_ages_as_text_are_named(tmp_path):
+    ann = told(tmp_path, age='045Y')
+    with pytest.raises(ValueError, match="unknown of all 10.*'45Y' counts as unknown"): detection_dls(ann, size=32, metadata=COLS)
 
 def test_scores_as_published(tmp_path):
     ann = toy(tmp_path, 4)
