@@ -34,6 +34,11 @@ class _Focal(torch.autograd.Function):
     def backward(ctx, grad): return grad*ctx.saved_tensors[0],None,None,None
 
 # %% ../nbs/09_loss.ipynb #04c5255d
+def _shares(alpha): # A number, or one for each class
+    "`alpha` as a tensor, or a `ValueError` if it is no number and no list of numbers"
+    try: return torch.as_tensor(alpha)
+    except (TypeError,ValueError,RuntimeError): raise ValueError(f"alpha={alpha!r} is no share; it is one number, or a list with one for each class in their order") from None
+
 def focal_loss(
     logits:Tensor, # Scores before the sigmoid, any shape
     targets:Tensor|float, # 1 for lesion, 0 for background, or between; the same shape, or one number for all
@@ -41,7 +46,7 @@ def focal_loss(
     gamma:float=2. # How fast the loss falls as the answer gets surer; 0 is cross-entropy
 )->Tensor:         # Loss of each, the same shape
     "Sigmoid focal loss, not reduced; in float32 if `logits` have fewer digits"
-    a = torch.as_tensor(alpha)
+    a = _shares(alpha)
     if not (((0<=a)&(a<=1)).all() and gamma>=0): raise ValueError(f"alpha={alpha}, gamma={gamma}: alpha is a share, and gamma at least 0")
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if a.ndim and a.shape!=z.shape[-1:]: raise ValueError(f"alpha {tuple(a.shape)} for logits {tuple(z.shape)}; it has one number for each place of the last dimension")
@@ -118,7 +123,8 @@ class RetinaLoss:
         if isinstance(matcher,str) and matcher not in matchers: raise ValueError(f"matcher is {matcher!r}, it must be one of {list(matchers)}")
         if normalise not in ('image','batch','running'): raise ValueError(f"normalise={normalise!r} must be 'image', 'batch' or 'running'")
         if not 0<=smoothing<1: raise ValueError(f"smoothing is {smoothing}; from 1 on, lesion and background would be the same")
-        self.anchors,self.size,self.alpha,self.gamma,self.smoothing = anchors,size,alpha if isinstance(alpha,(int,float)) else torch.tensor(alpha),gamma,smoothing
+        a = _shares(alpha)
+        self.anchors,self.size,self.alpha,self.gamma,self.smoothing = anchors,size,a.clone() if a.ndim else float(a if isinstance(alpha,Tensor) else alpha),gamma,smoothing
         focal_loss(torch.zeros(max(1,self.n_alpha)), 0., self.alpha, gamma) # complains
         self.box_loss,self.box_weight,self.image_weight = box_losses[box_loss],box_weight,image_weight
         self.matcher,self.normalise,self.positives = (matchers[matcher]() if isinstance(matcher,str) else matcher),normalise,100. # `positives`: the running mean of a batch

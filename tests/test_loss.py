@@ -1,5 +1,5 @@
 "Focal loss against float64, RetinaLoss against torchvision's RetinaNet, on awkward boxes, in every precision, on empty batches"
-import copy, math, pickle, pytest, torch
+import copy, math, numpy as np, pickle, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import TensorBase, TensorCategory
 from hypothesis import assume, given, settings, strategies as st
@@ -323,5 +323,10 @@ def test_alphas_of_another_number_of_classes():
     assert loss(raw(1,2), *y).isfinite() and loss(raw(1,2), torch.zeros(1,1,4), torch.tensor([[PAD]])).isfinite() # no positive at all
     for bad in ([],[.5,-.1],[[.5],[.5]],[float('nan')]):
         with pytest.raises(ValueError, match='alpha'): RetinaLoss(ANCHORS,SIZE,alpha=bad)
+    for bad in (None,{'a':.2},['a',.2],'.25',[None,.2]):
+        for f in (lambda: RetinaLoss(ANCHORS,SIZE,alpha=bad), lambda: focal_loss(torch.zeros(2),0.,bad)):
+            with pytest.raises(ValueError, match='one number, or a list with one for each class'): f()
+    for one in (np.float32(.5),np.float64(.5),torch.tensor(.5)): assert RetinaLoss(ANCHORS,SIZE,alpha=one).alpha==.5 and RetinaLoss(ANCHORS,SIZE,alpha=one).n_alpha==0
+    assert RetinaLoss(ANCHORS,SIZE,alpha=np.array([.25,.5])).n_alpha==2
     with torch.autocast('cpu', torch.bfloat16): assert loss(raw(1,2,dtype=torch.bfloat16), *y).dtype==torch.float32
     assert pickle.loads(pickle.dumps(loss)).alpha.tolist()==[.25,.5]
