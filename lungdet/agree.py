@@ -43,7 +43,15 @@ def agreement(
                                suspicion=alone.max().reindex(ids, fill_value=0.))).rename_axis('image_id').reset_index()
     return boxes,images.assign(flag=images.alone>0)
 
-# %% ../nbs/14a_agree.ipynb #ebace45f
+# %% ../nbs/14a_agree.ipynb #36860ed7
+def _need(items, columns, of):
+    "A `ValueError` if the table `items` lacks one of `columns`, which the function `of` gives"
+    if missing := [c for c in columns if c not in items]: raise ValueError(f"the table lacks {missing}, it has {list(items.columns)}; {of} gives them")
+
+def _same_images(ann, images):
+    "A `ValueError` if the table `images` has other images than `ann`"
+    if odd := sorted(set(ann.images.image_id)^set(images.image_id)): raise ValueError(f"{len(odd)} images are only in the annotations or only in the table, first {odd[0]!r}; is it another split?")
+
 def add_errors(
     ann:Annotations,     # The truth
     boxes:pd.DataFrame,  # Of `agreement`
@@ -51,13 +59,14 @@ def add_errors(
     iou:float=.5         # A hit overlaps its lesion by more than this
 )->tuple:                # `boxes` with `error`; `images` with `missed` lesions and `error`
     "What `boxes` and `images` really are"
+    _same_images(ann, images)
     parts = [match_detections(ann, boxes[boxes.model==k], (iou,)) for k in ('precise','sensitive')]
     boxes = pd.concat([p.assign(error=c[:,0]<0) for p,c in parts], ignore_index=True).drop(columns=['img','rank'])
     hits = boxes.image_id[(boxes.model=='precise')&~boxes.error].value_counts()
     missed = lesion_counts(ann).loc[images.image_id].to_numpy()-hits.reindex(images.image_id, fill_value=0).to_numpy()
     return boxes,images.assign(missed=missed, error=missed>0)
 
-# %% ../nbs/14a_agree.ipynb #671e286a
+# %% ../nbs/14a_agree.ipynb #9b748fd8
 def flag_value(
     ann:Annotations,    # Whose patients are drawn
     items:pd.DataFrame, # Boxes or images, with `image_id`, and booleans `flag` and `error`
@@ -66,6 +75,8 @@ def flag_value(
     seed:int=42         # Which resamples
 )->pd.DataFrame:        # Rows 'flagged', 'unflagged', 'difference', 'ratio': `value`, `lo`, `hi`, `n`; `items` and `errors` of the first two
     "The share of errors among flagged and among other `items`, and how they differ"
+    _need(items, ['image_id','flag','error'], 'add_errors')
+    if n<1: raise ValueError(f"n={n} resamples give no interval; take 1 at least, better 1000")
     img = pd.Index(ann.images.image_id).get_indexer(items.image_id)
     if (img<0).any(): raise ValueError(f"{items.image_id.iloc[int((img<0).argmax())]!r} is no image of these annotations; is it another split?")
     f,e = items.flag.to_numpy(bool),items.error.to_numpy(bool)
@@ -76,25 +87,31 @@ def flag_value(
     res = pd.concat([shares(np.ones((1,len(ann))))]+[shares(w) for w in patient_weights(patients(ann.images), n, seed)])
     return summarise(res.iloc[0], res[1:], level).assign(items=[f.sum(),(~f).sum(),None,None], errors=[(f&e).sum(),(~f&e).sum(),None,None]).astype(dict(items='Int64',errors='Int64'))
 
-# %% ../nbs/14a_agree.ipynb #0907e15d
+# %% ../nbs/14a_agree.ipynb #37b95623
 def reread(
     ann:Annotations,    # The truth
     images:pd.DataFrame # Of `add_errors`
 )->pd.DataFrame:        # Rows 'as shown', 'flagged', 'all': share of `pictures` read again, `sensitivity` for lesions after it, `lesions` gained by 100 pictures read
     "What the precise model finds, and would with a perfect second reading of the flagged pictures"
+    _need(images, ['image_id','flag','missed'], 'add_errors')
+    _same_images(ann, images)
     total,missed = len(ann.boxes),images.missed.to_numpy()
     if not total: raise ValueError("there is no lesion, so nothing can be missed; is this the right split?")
     again = {'as shown':np.zeros(len(images), bool), 'flagged':images.flag.to_numpy(), 'all':np.ones(len(images), bool)}
     rows = [(o.mean(), 1-missed[~o].sum()/total, 100*missed[o].sum()/max(1,o.sum())) for o in again.values()]
     return pd.DataFrame(rows, columns=['pictures','sensitivity','lesions'], index=again)
 
-# %% ../nbs/14a_agree.ipynb #f39f9f15
+# %% ../nbs/14a_agree.ipynb #f68d0d0b
 def finding_curve(
     errors,  # Of each item: how many, (n,)
     priority # The highest is looked at first, (n,)
 )->pd.DataFrame: # `looked`, share of the items, and `found`, share of the errors; from 0 to 1, a row for each different priority
     "What is found of the `errors` as items are looked at in the order of `priority`; NaN if there are none"
-    d = pd.DataFrame(dict(errors=np.asarray(errors, float), n=1.)).groupby(-np.asarray(priority, float)).sum()
+    e,p = np.asarray(errors, float),np.asarray(priority, float)
+    if e.ndim!=1 or e.shape!=p.shape: raise ValueError(f"errors {e.shape} and a priority {p.shape}; each item needs one of each")
+    for name,o in (('errors',e),('priority',p)):
+        if np.isnan(o).any(): raise ValueError(f"{name} of item {np.isnan(o).argmax()} is NaN; an item that nothing is suspected of has a priority of 0")
+    d = pd.DataFrame(dict(errors=e, n=1.)).groupby(-p).sum()
     errors,n = (np.r_[0,d[k].cumsum()] for k in ('errors','n'))
     return pd.DataFrame(dict(looked=ratio(n, n[-1]), found=ratio(errors, errors[-1])))
 
@@ -103,20 +120,20 @@ def found_early(errors, priority)->float: # (n,), (n,) as above; 1/2 is no order
     c = finding_curve(errors, priority)
     return float(np.trapezoid(c.found, c.looked))
 
-# %% ../nbs/14a_agree.ipynb #a17d5f37
+# %% ../nbs/14a_agree.ipynb #f48a7753
 def plot_finding(
     errors,      # Of each item: how many, (n,)
     orders:dict, # Name and priority of each order, (n,), to compare
     ax=None      # Axes to draw on, a new figure if None
 ):               # The axes
     "The `finding_curve` of each of `orders`, with its area, and the diagonal"
-    ax = ax or plt.subplots(figsize=(3.8,3.3), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(3.8,3.9), layout='constrained')[1]
     ax.set_prop_cycle(color=[PRED,TRUTH,'k'])
     for k,p in orders.items():
         c = finding_curve(errors, p)
         ax.plot(c.looked, c.found, label=f'{k}: {found_early(errors,p):.2f}')
     ax.plot([0,1], [0,1], color=MUTED, ls=':', label='no order: 0.50')
-    ax.set(xlabel='share looked at again', ylabel='share of errors found'); ax.legend(fontsize=8)
+    ax.set(xlabel='share looked at again', ylabel='share of errors found'); ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5,-.17)) # below, where no curve can be
     return ax
 
 # %% ../nbs/14a_agree.ipynb #13381787

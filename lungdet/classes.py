@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['NOTHING', 'class_alpha', 'class_draws', 'tune_classes', 'cross_tune', 'class_confusion', 'plot_confusion']
 
-# %% ../nbs/13c_classes.ipynb #621b2c7b
+# %% ../nbs/13c_classes.ipynb #4271e695
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from numbers import Real
 from .core import MUTED, PRED, TRUTH
 from .formats import Annotations
 from .splits import deal
 from .data import repeat_factors
-from .evaluate import image_scores, lesion_counts, match_detections
+from .evaluate import check_predictions, check_threshold, image_scores, lesion_counts, match_detections
 from .imagewise import per_class
 from .operate import OperatingPoint, _chosen, level_scores
 
-# %% ../nbs/13c_classes.ipynb #9eed3a53
+# %% ../nbs/13c_classes.ipynb #fbb23247
 def class_alpha(
     ann:Annotations,  # The training part
     alpha:float=.25,  # That of a class of average weight
     beta:float=.999   # 0: all classes alike; towards 1: the rarer, the heavier, up to one over the number of its lesions
 )->list:              # One number for each class, for `RetinaLoss` and for `alpha` of [loss]
     "An alpha for each class of `ann`, by its effective number of lesions"
+    if not all(isinstance(o,Real) for o in (alpha,beta)): raise ValueError(f"alpha={alpha!r}, beta={beta!r}: each is one number; the list is what comes out")
     if not (0<alpha<1 and 0<=beta<1): raise ValueError(f"alpha={alpha}, beta={beta}: alpha lies between 0 and 1, beta from 0 to below 1")
     n = ann.boxes.label.value_counts().reindex(ann.classes, fill_value=0)
     if not n.all(): raise ValueError(f"no lesion of class {n.index[n==0][0]!r}; is this the training part? A class that is never shown is not learned")
@@ -29,12 +31,13 @@ def class_alpha(
     odds = alpha/(1-alpha)*w*n.sum()/(w*n).sum()
     return (odds/(1+odds)).tolist()
 
-# %% ../nbs/13c_classes.ipynb #3d11868b
+# %% ../nbs/13c_classes.ipynb #f5a5659f
 def class_draws(
     ann:Annotations, # The training part
     balance:float    # As in `detection_dls`
 )->pd.DataFrame:     # By class: `images` that have it, how many of an epoch show it if all are `drawn` once, and with `balance`; `times`: each of them in an epoch
     "What an epoch shows of each class, on average, as it is and with `balance`"
+    if not isinstance(balance, Real): raise ValueError(f"balance={balance!r} is no share of the images; it lies between 0 and 1")
     often = repeat_factors(ann, ann.images.image_id.tolist(), balance)
     p = often/often.sum()*len(often)                                                      # draws of each image
     on = ann.boxes.drop_duplicates(['image_id','label'])
@@ -62,7 +65,7 @@ def tune_classes(
     point = OperatingPoint(.5, detect_nms=detect_nms, by_class=table.threshold.to_dict())
     return _chosen(ann, point, goal="Youden's index of the images, class by class", score=float(table.youden.mean())),table
 
-# %% ../nbs/13c_classes.ipynb #943203ce
+# %% ../nbs/13c_classes.ipynb #220a038c
 def cross_tune(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions for it
@@ -70,24 +73,27 @@ def cross_tune(
     seed:int=42         # Which ones
 )->pd.DataFrame:        # `preds` with levelled scores: what reaches .5 is called
     "`preds` at thresholds that were tuned, class by class, on the patients of the other hands"
-    hand,out = deal(ann, k, seed),[]
-    def on(a): return preds[preds.image_id.isin(a.images.image_id)]
+    p,hand,out = check_predictions(ann, preds).reset_index(drop=True),deal(ann, k, seed),[] # the rows by number: an index may repeat
+    def on(a): return p[p.image_id.isin(a.images.image_id)]
     for i in range(k):
         here,rest = ann.where(hand==i),ann.where(hand!=i)
         out.append(level_scores(on(here), tune_classes(rest, on(rest))[0].by_class))
-    return pd.concat(out).loc[preds.index]
+    return pd.concat(out).sort_index().set_axis(preds.index)
 
-# %% ../nbs/13c_classes.ipynb #d25d0907
+# %% ../nbs/13c_classes.ipynb #37c58e5c
 NOTHING = 'nothing'
 
 def class_confusion(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions
-    threshold:float=0., # Ignore predictions with a lower score; level scores of several classes before
+    threshold:float|dict=0., # Ignore predictions with a lower score; if {class: threshold}, `level_scores` (chapter 11h) puts all on one scale first
     iou:float=.5        # A box is on a lesion if it overlaps it by more
 )->pd.DataFrame:        # Counts; rows are the truth, columns the name it was given; both end with `NOTHING`
     "What name the lesions of each class were given by the most confident box on them"
     if NOTHING in ann.classes: raise ValueError(f"a class is called {NOTHING!r}, which stands for no lesion or no box here")
+    preds = check_predictions(ann, preds)
+    if isinstance(threshold, dict): preds,threshold = level_scores(preds, OperatingPoint(.5, by_class=threshold).by_class),.5
+    check_threshold(threshold)
     preds = preds[preds.score>=threshold]
     a = Annotations(ann.images, ann.boxes.assign(label='any'), ['any'])
     p,claim = match_detections(a, preds.assign(label='any', named=preds.label), (iou,))

@@ -120,3 +120,29 @@ def test_thresholds():
     assert precise_threshold(ann, p, .5)==.6
     with pytest.raises(ValueError, match='the best is 0.500'): precise_threshold(ann, p, .9)
     with pytest.raises(ValueError, match='in percent'): precise_threshold(ann, p, 90)
+
+def test_tables_that_have_not_been_judged_and_other_splits():
+    ann = study(0)
+    raw = agreement(ann, boxes((0,9)), boxes((1,9)))
+    B,I = add_errors(ann, *raw)
+    with pytest.raises(ValueError, match="lacks .'error'.*add_errors"): flag_value(ann, raw[1])
+    with pytest.raises(ValueError, match="lacks .'missed'.*add_errors"): reread(ann, raw[1])
+    other = Annotations(ann.images.assign(image_id=['x',*ann.images.image_id[1:]]), ann.boxes[ann.boxes.image_id!='i0'], ann.classes)
+    for a in (other, ann.where(ann.images.image_id!='i0')):
+        with pytest.raises(ValueError, match='another split'): reread(a, I)
+    with pytest.raises(ValueError, match='another split'): add_errors(ann, raw[0], raw[1][1:])
+    for n in (0,-1):
+        with pytest.raises(ValueError, match='give no interval'): flag_value(ann, I, n=n)
+
+def test_an_order_that_is_none():
+    for f in (finding_curve,found_early):
+        with pytest.raises(ValueError, match='priority of item 2 is NaN'): f([0,1,1], [.2,.3,np.nan])
+        with pytest.raises(ValueError, match='errors of item 0 is NaN'): f([np.nan,1], [.2,.3])
+        for p in ([.1],[.1,.2,.3],[[.1,.2]],.1):
+            with pytest.raises(ValueError, match='one of each'): f([0,1], p)
+    assert len(finding_curve([], []))==1
+
+def test_a_doubt_on_a_shown_box_is_a_doubt_and_no_flag():
+    ann = study(0)
+    p = pd.DataFrame(dict(image_id='i0', x1=[0.,1], y1=0., x2=[10.,11], y2=10., label='c0', score=[.9,.4]))[pred_cols]
+    assert own_doubt(ann, p, .5)[0]==.4 and agreement(ann, p[p.score>=.5], p)[1].suspicion[0]==0

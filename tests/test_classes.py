@@ -48,6 +48,10 @@ def test_class_alpha_refuses():
     ann,_ = random_set(0)
     for kw in (dict(alpha=0.),dict(alpha=1.),dict(beta=1.),dict(beta=-.1)):
         with pytest.raises(ValueError, match='alpha lies between 0 and 1'): class_alpha(ann, **kw)
+    for kw in (dict(alpha=[.2,.3,.4]),dict(alpha=None),dict(alpha='.25'),dict(beta=[.9])):
+        with pytest.raises(ValueError, match='each is one number'): class_alpha(ann, **kw)
+    for bad in ('yes',None,[.5]):
+        with pytest.raises(ValueError, match='no share of the images'): class_draws(ann, bad)
     with pytest.raises(ValueError, match="no lesion of class 'd'"): class_alpha(Annotations(ann.images, ann.boxes, [*NAMES,'d']))
 
 # Draws
@@ -131,6 +135,14 @@ def test_cross_tune_never_sees_the_patient():
         mine = preds.image_id.isin(ann.images.image_id[hand==i])
         assert ((got[mine].score>=.5)==(preds[mine].score>=preds[mine].label.map(by))).all()
 
+def test_cross_tune_of_an_index_that_repeats():
+    ann,preds = random_set(7, n=60, lesions=100, boxes=300)
+    twice = preds.set_axis(np.arange(300)%100)
+    got = cross_tune(ann, twice, k=3)
+    assert got.index.equals(twice.index)
+    pd.testing.assert_frame_equal(got.reset_index(drop=True), cross_tune(ann, preds, k=3).reset_index(drop=True))
+    with pytest.raises(ValueError, match='no image of this id'): cross_tune(ann.where(ann.images.image_id!='i0'), preds)
+
 # Intervals
 
 def test_intervals_of_each_class_are_those_of_the_class_alone():
@@ -166,12 +178,30 @@ def test_class_confusion_is_the_plain_loop(seed, threshold, iou):
 
 def test_class_confusion_of_nothing():
     ann,preds = random_set(2)
-    t = class_confusion(ann, preds, 1.1)
+    t = class_confusion(ann, preds, 1.)
     assert t.loc[NAMES,NOTHING].sum()==len(ann.boxes) and t.to_numpy().sum()==len(ann.boxes)
     healthy = Annotations(ann.images, ann.boxes[:0], NAMES)
     assert class_confusion(healthy, preds).loc[NOTHING].sum()==len(preds)
     plot_confusion(class_confusion(healthy, preds))
     with pytest.raises(ValueError, match="'nothing'"): class_confusion(Annotations(ann.images, ann.boxes[:0], ['nothing']), preds[:0])
+
+def test_class_confusion_refuses_what_it_would_lose():
+    ann,preds = random_set(2)
+    with pytest.raises(ValueError, match="a label that is none of"): class_confusion(ann, preds.assign(label=preds.label.where(preds.index>0, 'd')))
+    with pytest.raises(ValueError, match='no image of this id'): class_confusion(ann, preds.assign(image_id='x'))
+    for t in (50,-1,np.nan):
+        with pytest.raises(ValueError, match='in percent'): class_confusion(ann, preds, t)
+    with pytest.raises(ValueError, match='no threshold for'): class_confusion(ann, preds, dict(a=.5))
+    with pytest.raises(ValueError, match='must lie between 0 and 1'): class_confusion(ann, preds, dict(a=.5,b=0,c=1))
+
+@given(seeds, st.lists(st.floats(.05,.95), min_size=3, max_size=3))
+@settings(max_examples=10, deadline=None)
+def test_class_confusion_at_a_threshold_for_each_class(seed, t):
+    ann,preds = random_set(seed, n=12, lesions=20, boxes=60)
+    by = dict(zip(NAMES,t))
+    got = class_confusion(ann, preds, by)
+    assert (got.to_numpy()==slow_confusion(ann, level_scores(preds, by), .5, .5).to_numpy()).all()
+    assert got.sum().iloc[:-1].sum()==(preds.score>=preds.label.map(by)).sum()
 
 # From the shell to the report
 

@@ -9,7 +9,7 @@ from lungdet.decode import lesion_prob, postprocess
 from lungdet.ensemble import *
 from lungdet.evaluate import pred_cols
 from lungdet.formats import Annotations
-from lungdet.learner import detect, retinanet_learner, save_detector
+from lungdet.learner import detect, load_detector, retinanet_learner, save_detector
 from test_data import toy
 
 NUMBERS = [*XYXY,'score']
@@ -182,3 +182,59 @@ def test_looks(tmp_path):
 def test_two_copies_are_one(tmp_path):
     f, = files(tmp_path, 1)
     same(*(detect(ensemble_learner([f]*n, toy(tmp_path).part('valid')), score_thr=.001) for n in (1,2)), 1e-3)
+
+def asked(ann, fields, seed=0):
+    "A detector that is told `fields`, none if there are none"
+    torch.manual_seed(seed)
+    told = dict(metadata='film') if fields else {}
+    return retinanet_learner(detection_dls(ann, size=64, bs=4, **({'metadata':fields} if fields else {})), 'resnet18', pretrained=False, width=16, depth=1, **told)
+
+def test_models_that_are_told_different_things(tmp_path):
+    ann = toy(tmp_path)
+    ann = Annotations(ann.images.assign(age=[float(20+7*i) for i in range(len(ann))], view=['AP','PA']*(len(ann)//2)), ann.boxes, ann.classes)
+    age,view = dict(name='age', mean=50., sd=10.),dict(name='view', values=['AP','PA'])
+    def file(name, fields, seed=0): return save_detector(asked(ann, fields, seed), tmp_path/f'{name}.safetensors')
+    first,valid = file('first', [age,view]),ann.part('valid')
+    others = dict(permuted=[view,age], none=None, fewer=[view], vocabulary=[age,view|dict(values=['PA','AP'])], text=[dict(name='age', values=['20','30']),view])
+    for name,fields in others.items():
+        f = file(name, fields)
+        for pair in ([first,f],[f,first]):
+            with pytest.raises(ValueError, match='has metadata=') as e: ensemble_learner(pair, valid)
+            assert name in str(e.value) and 'fuse_predictions' in str(e.value)
+    fold = file('fold', [age|dict(mean=30., sd=20.),view], 1)           # of another fold: its own scale, which it brings
+    whole = ensemble_learner([first,fold], valid)
+    meta = torch.tensor([[40.,1.],[70.,float('nan')]])
+    x = torch.randn(2,3,64,64)
+    with torch.no_grad():
+        whole.model.eval()
+        got,each = whole.model(x, meta)[0],[m(x, meta)[0] for m in whole.model.models]
+    torch.testing.assert_close(got.sigmoid(), torch.stack([o.sigmoid() for o in each]).mean(0))
+    assert each[1].allclose(load_detector(fold)[0](x, meta)[0])
+    with pytest.raises(ValueError, match='is one file'): ensemble_learner(str(first), valid)
+    with pytest.raises(ValueError, match='is one file'): ensemble_learner(first, valid)
+
+@pytest.mark.parametrize('how', ['wbf','soft','nms'])
+@pytest.mark.parametrize('change,match', [(dict(score=85.),'a score outside 0 to 1'), (dict(score=-.1),'a score outside'), (dict(score=np.nan),'is not a number'), (dict(score='sure'),'is not a number'), (dict(x2=-5.),'is this xywh'),
+                                          (dict(y1=np.inf),'is not a number'), (dict(image_id=7),'no text'), (dict(image_id=None),'no text'), (dict(label=np.nan),'no text')], ids=str)
+def test_tables_with_rows_that_are_no_predictions(how, change, match):
+    good = one(('x',0,0,10,10,.8))
+    with pytest.raises(ValueError, match=match) as e: fuse_predictions([good,good.assign(**change)], how)
+    assert 'table 1' in str(e.value)
+
+def test_what_is_no_list_of_tables():
+    a = one(('x',0,0,10,10,.8))
+    with pytest.raises(ValueError, match='this is one table'): fuse_predictions(a)
+    with pytest.raises(ValueError, match='table 1 is a str'): fuse_predictions([a,'b.csv'])
+    for bad in (0,-1,np.nan,np.inf):
+        with pytest.raises(ValueError, match='is no width'): fuse_predictions([a,a], 'soft', sigma=bad)
+    with pytest.raises(ValueError, match='in percent'): fuse_predictions([a,a], min_score=5)
+    assert fuse_predictions([a.astype({k:object for k in NUMBERS}),a[:0].astype(object)]).score.tolist()==[.4] # numbers, however they are kept
+
+def test_knobs_of_looks(tmp_path):
+    learn = ensemble_learner(files(tmp_path), toy(tmp_path).part('valid'))
+    looks = [detect(learn, flip=f, score_thr=.001) for f in (False,True)]
+    pd.testing.assert_frame_equal(learn.tta(scales=(1,), score_thr=.001, weights=[3,1], min_score=.002), fuse_predictions(looks, weights=[3,1], min_score=.002))
+    pd.testing.assert_frame_equal(learn.tta(scales=(1,), score_thr=.001, how='soft', sigma=.1), fuse_predictions(looks, 'soft', sigma=.1))
+    with pytest.raises(ValueError, match='2 models'): learn.tta(scales=(1,), weights=[1])
+    with pytest.raises(ValueError, match='the sizes of'): learn.tta(size=96)
+    with pytest.raises(ValueError, match='they are factors'): learn.tta(scales=1)
