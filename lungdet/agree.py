@@ -43,7 +43,7 @@ def agreement(
                                suspicion=alone.max().reindex(ids, fill_value=0.))).rename_axis('image_id').reset_index()
     return boxes,images.assign(flag=images.alone>0)
 
-# %% ../nbs/14a_agree.ipynb #36860ed7
+# %% ../nbs/14a_agree.ipynb #bcd22fb1
 def _need(items, columns, of):
     "A `ValueError` if the table `items` lacks one of `columns`, which the function `of` gives"
     if missing := [c for c in columns if c not in items]: raise ValueError(f"the table lacks {missing}, it has {list(items.columns)}; {of} gives them")
@@ -66,7 +66,7 @@ def add_errors(
     missed = lesion_counts(ann).loc[images.image_id].to_numpy()-hits.reindex(images.image_id, fill_value=0).to_numpy()
     return boxes,images.assign(missed=missed, error=missed>0)
 
-# %% ../nbs/14a_agree.ipynb #9b748fd8
+# %% ../nbs/14a_agree.ipynb #40084614
 def flag_value(
     ann:Annotations,    # Whose patients are drawn
     items:pd.DataFrame, # Boxes or images, with `image_id`, and booleans `flag` and `error`
@@ -87,7 +87,7 @@ def flag_value(
     res = pd.concat([shares(np.ones((1,len(ann))))]+[shares(w) for w in patient_weights(patients(ann.images), n, seed)])
     return summarise(res.iloc[0], res[1:], level).assign(items=[f.sum(),(~f).sum(),None,None], errors=[(f&e).sum(),(~f&e).sum(),None,None]).astype(dict(items='Int64',errors='Int64'))
 
-# %% ../nbs/14a_agree.ipynb #37b95623
+# %% ../nbs/14a_agree.ipynb #8bd444a4
 def reread(
     ann:Annotations,    # The truth
     images:pd.DataFrame # Of `add_errors`
@@ -101,7 +101,7 @@ def reread(
     rows = [(o.mean(), 1-missed[~o].sum()/total, 100*missed[o].sum()/max(1,o.sum())) for o in again.values()]
     return pd.DataFrame(rows, columns=['pictures','sensitivity','lesions'], index=again)
 
-# %% ../nbs/14a_agree.ipynb #f68d0d0b
+# %% ../nbs/14a_agree.ipynb #c65a1487
 def finding_curve(
     errors,  # Of each item: how many, (n,)
     priority # The highest is looked at first, (n,)
@@ -120,7 +120,7 @@ def found_early(errors, priority)->float: # (n,), (n,) as above; 1/2 is no order
     c = finding_curve(errors, priority)
     return float(np.trapezoid(c.found, c.looked))
 
-# %% ../nbs/14a_agree.ipynb #f48a7753
+# %% ../nbs/14a_agree.ipynb #89824b73
 def plot_finding(
     errors,      # Of each item: how many, (n,)
     orders:dict, # Name and priority of each order, (n,), to compare
