@@ -120,7 +120,7 @@ def found_early(errors, priority)->float: # (n,), (n,) as above; 1/2 is no order
     c = finding_curve(errors, priority)
     return float(np.trapezoid(c.found, c.looked))
 
-# %% ../nbs/14a_agree.ipynb #89824b73
+# %% ../nbs/14a_agree.ipynb #ac397d2f
 def plot_finding(
     errors,      # Of each item: how many, (n,)
     orders:dict, # Name and priority of each order, (n,), to compare
@@ -133,7 +133,7 @@ def plot_finding(
         c = finding_curve(errors, p)
         ax.plot(c.looked, c.found, label=f'{k}: {found_early(errors,p):.2f}')
     ax.plot([0,1], [0,1], color=MUTED, ls=':', label='no order: 0.50')
-    ax.set(xlabel='share looked at again', ylabel='share of errors found'); ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5,-.17)) # below, where no curve can be
+    ax.set(xlabel='share looked at again', ylabel='share of errors found'); ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5,-.22)) # below, where no curve can be
     return ax
 
 # %% ../nbs/14a_agree.ipynb #13381787
