@@ -180,3 +180,27 @@ def test_counting_leaves_the_model_as_it_was(phases):
     n = training_macs(model, torch.zeros(2,3,64,64))
     assert n==2*training_macs(model, torch.zeros(1,3,64,64)) and model.training
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items()) and not any(m._forward_hooks for m in model.modules())
+
+@pytest.mark.parametrize('bad', [dict(part=2), dict(part=-.1), dict(part=float('nan')), dict(least=5), dict(margin=-20)])
+def test_settings_that_would_lose_lesions_without_a_word(tmp_path, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))): crop_patches(pictures(tmp_path), tmp_path/'p', 48, **bad)
+    assert not (tmp_path/'p').exists()
+
+def test_what_is_wrong_with_a_picture_is_said_of_it_by_name(tmp_path):
+    ann = pictures(tmp_path)
+    def crop(**kw): return crop_patches(Annotations(ann.images.assign(**kw), ann.boxes), tmp_path/'p', 48)
+    with pytest.raises(ValueError, match="image '0000' has no path"): crop(path=None)
+    with pytest.raises(ValueError, match="image '0003': there is no file gone.png"): crop(path=ann.images.path.where(ann.images.image_id!='0003', 'gone.png'))
+    with pytest.raises(ValueError, match="image '0000' has no height and width"): crop(width=None)
+    with pytest.raises(ValueError, match='there are no images'): crop_patches(ann.where([False]*6), tmp_path/'p', 48)
+
+def test_boxes_of_other_patches(tmp_path):
+    ann = pictures(tmp_path); p = crop_patches(ann, tmp_path/'p', 48)
+    with pytest.raises(ValueError, match="1 of 1 boxes lie on none of these patches, such as on 'x_0'"): on_parents(p, p.boxes.head(1).assign(image_id='x_0'))
+    with pytest.raises(ValueError, match='these images have no `parent`'): on_parents(ann, ann.boxes)
+    assert len(on_parents(p, p.boxes.head(0)))==0
+
+def test_a_picture_smaller_than_a_patch_gives_the_same_one_again(tmp_path):
+    ann = pictures(tmp_path, 2)
+    p = crop_patches(ann, tmp_path/'p', size=256, k=3, m=2)
+    assert len(p)==5 and len(p.images[['parent','left','top']].drop_duplicates())==2
