@@ -143,3 +143,23 @@ def test_a_learner_of_whole_pictures_takes_tiles_too_and_an_empty_answer_is_a_ta
     assert len(detect_tiles(p2, score_thr=0., max_det=7))==7
     none = detect_tiles(p2, bright.where([False,True]), score_thr=0.)
     assert list(none)==['image_id',*XYXY,'label','score'] and len(none)==0 and none.score.dtype==float
+
+def test_what_cannot_be_looked_at_is_named_and_not_answered_with_an_empty_table(bright):
+    learn = cells(bright, 64, Cells())
+    def find(**kw): return detect_tiles(learn, Annotations(bright.images.assign(**kw), bright.boxes, bright.classes))
+    with pytest.raises(ValueError, match="image 'a' has no height and width"): find(height=None)
+    with pytest.raises(ValueError, match="image 'a' has no path"): find(path=None)
+    with pytest.raises(ValueError, match="image 'a': there is no file gone.png"): find(path='gone.png')
+    with pytest.raises(ValueError, match='there are no images'): detect_tiles(learn, bright.where([False,False]))
+
+@pytest.mark.parametrize('bad,why', [(dict(least=1.5),'least=1.5'), (dict(least=1.),'least=1.0'), (dict(least=-.1),'least=-0.1'), (dict(bs=0),'bs=0'), (dict(max_det=0),'max_det=0'),
+                                     (dict(tile=0),'tiles of 0 px hold nothing'), (dict(fuse=dict(nms_thr=.1)),"fuse has \\['nms_thr'\\]"), (dict(overlap=-1),'cannot overlap by -1 px; take 0 or more')])
+def test_settings_that_find_nothing(bright, bad, why):
+    with pytest.raises(ValueError, match=why): detect_tiles(cells(bright, 64, Cells()), bright, **bad)
+
+def test_each_condition_on_tiles_has_its_own_message():
+    with pytest.raises(ValueError, match='cannot overlap by 100 px; take 0 or more, and less than a tile$'): tile_boxes((300,300), 96, 100, 32)
+    with pytest.raises(ValueError, match='^step=0: tiles begin'): tile_boxes((300,300), 96, 10, 0)
+
+def test_an_overlap_is_rounded_up_to_the_step():
+    assert tile_boxes((300,300), 96, 40, 32).equal(tile_boxes((300,300), 96, 64, 32)) and not tile_boxes((300,300), 96, 40, 1).equal(tile_boxes((300,300), 96, 64, 1))
