@@ -1,5 +1,5 @@
 "Fusion of tables against the literal one, properties of ensembles, looks"
-import numpy as np, pandas as pd, pytest, torch
+import lungdet.metadata, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from lungdet.anchors import Anchors
 from lungdet.boxes import fuse_boxes, soft_nms
