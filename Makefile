@@ -21,7 +21,7 @@ env: $(READY) ## Make .venv with everything the course needs (again only when co
 $(READY): constraints.txt pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights,codecs,track,volumes]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights,codecs,track,volumes,export,dicom-out,demo]'
 	touch $@
 
 course: $(READY) ## Run the whole course and write _course/report.html (LUNGDET_DATA=folder for the real challenge)
@@ -33,7 +33,7 @@ notebooks: $(READY) ## Run every notebook as a test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 
 pytest: $(READY) ## Run the tests in tests/
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY) ## Are modules and README what the notebooks say?
 	$(BIN)/python tools/check.py
