@@ -11,7 +11,7 @@ override LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
 export LUNGDET_DATA
 endif
 
-.PHONY: help env course test notebooks pytest check lab outputs readme clean
+.PHONY: help env course test notebooks pytest check lab outputs readme docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -21,7 +21,7 @@ env: $(READY) ## Make .venv with everything the course needs (again only when co
 $(READY): constraints.txt pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights,codecs,track,volumes,export,dicom-out,demo]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights,codecs,track,volumes,export,dicom-out,demo,docs]'
 	touch $@
 
 course: $(READY) ## Run the whole course and write _course/report.html (LUNGDET_DATA=folder for the real challenge)
@@ -47,5 +47,8 @@ outputs: $(READY) ## Run the notebooks in place, in order, to renew the outputs 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
+docs: $(READY) ## Build the site in _docs/
+	$(BIN)/python tools/docs.py --strict
+
 clean: ## Delete what was made (not .venv)
-	rm -rf _course data/work
+	rm -rf _course _docs data/work

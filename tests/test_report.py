@@ -1,5 +1,5 @@
 "The report: one page that loads nothing, says what it knows, and is legible in a browser of any width"
-import base64, json, re, shutil
+import base64, json, re
 from html.parser import HTMLParser
 import cv2, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from lungdet.card import OPEN
@@ -113,16 +113,6 @@ def test_bad_input(case):
 
 def test_shows_itself_in_a_notebook(report):
     assert parsed(report._repr_html_()).text.count(EVIL)==1 and report.show(300).data.count('srcdoc')==1
-
-@pytest.fixture(scope='module')
-def browser():
-    exe = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not exe: pytest.skip('no Chromium here (Debian: apt-get install chromium)')
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=['--no-sandbox','--disable-gpu','--no-first-run','--disable-background-networking','--disable-component-update','--disable-sync'])
-        yield b
-        b.close()
 
 @pytest.mark.parametrize('width', [1200,400])
 def test_in_a_browser(report, browser, tmp_path, width):
