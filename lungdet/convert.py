@@ -66,36 +66,37 @@ def _unsafe(member):
     return parts[0]=='' or '..' in parts or ':' in parts[0]
 
 # %% ../nbs/02b_convert.ipynb #fbf2860a
-def _is_dicom(name, start):
-    "Should the file of this name be read? By its suffix, or by the mark at byte 128 of what `start()` gives"
+def _is_dicom(name, start, also=()):
+    "Should the file of this name be read? By its suffix, perhaps one of `also`, or by the mark at byte 128 of what `start()` gives"
     name = Path(name)
     if name.name.startswith('.') or name.name=='DICOMDIR': return False
-    return name.suffix.lower() in SUFFIXES or start()[128:132]==b'DICM'
+    return name.suffix.lower() in (*SUFFIXES,*also) or start()[128:132]==b'DICM'
 
 def _start(path):
     try:
         with open(path,'rb') as f: return f.read(132)
     except OSError: return b'' # what cannot be opened has no mark; if it has the suffix, its row will say why
 
-def _in_zip(path):
+def _in_zip(path, also=()):
     "The sources in the zip at `path`"
     z = Source(str(path),'').zip
     def start(m):
         try:
             with z.open(m) as f: return f.read(132)
         except (OSError,RuntimeError,EOFError,zipfile.BadZipFile,zlib.error): return b''
-    return [Source(str(path),m.filename) for m in z.infolist() if not m.is_dir() and '__MACOSX' not in m.filename and _is_dicom(m.filename.replace('\\','/'), lambda: start(m))]
+    return [Source(str(path),m.filename) for m in z.infolist() if not m.is_dir() and '__MACOSX' not in m.filename and _is_dicom(m.filename.replace('\\','/'), lambda: start(m), also)]
 
-def _id(src, ids, root=None):
+def _id(src, ids, root=None, also=()):
     "Name of `src` without its DICOM suffix, which keeps all parts of a UID such as 1.2.840; with its folders if `ids` is 'path'"
     p = Path(src.member.replace('\\','/') if src.member else os.path.relpath(src.path, root) if root else src.path)
-    name = p.stem if p.suffix.lower() in SUFFIXES else p.name
+    name = p.stem if p.suffix.lower() in (*SUFFIXES,*also) else p.name
     return name if ids=='name' else '__'.join([*(o for o in p.parent.parts if o not in (p.anchor,'..')), name])
 
 _IDS = 'name','path'
 def sources(
     src,           # A folder, searched recursively, a zip, a file, or a list of files
-    ids:str='name' # The id of an image is its file 'name', or its 'path' within `src`
+    ids:str='name', # The id of an image is its file 'name', or its 'path' within `src`
+    also=()        # Suffixes of pictures that are wanted too, such as '.png'
 )->dict:           # `{image_id: Source}`
     "What there is to convert in `src`"
     if ids not in _IDS: raise ValueError(f"ids={ids!r} is not one of {_IDS}")
@@ -103,12 +104,12 @@ def sources(
     if one and not Path(src).exists(): raise DicomError(src, "no such folder, zip or file")
     if one and Path(src).is_dir():
         root = src
-        found = [Source(str(p)) for p in sorted(Path(src).rglob('*')) if p.is_file() and _is_dicom(p, lambda: _start(p))]
-    else: found = [s for p in ([src] if one else src) for s in (_in_zip(p) if str(p).lower().endswith('.zip') else [Source(str(p))])]
+        found = [Source(str(p)) for p in sorted(Path(src).rglob('*')) if p.is_file() and _is_dicom(p, lambda: _start(p), also)]
+    else: found = [s for p in ([src] if one else src) for s in (_in_zip(p, also) if str(p).lower().endswith('.zip') else [Source(str(p))])]
     if not found: raise DicomError(src if one else 'the list', "no DICOM in it (neither *.dcm nor other files that are marked as one)")
     res = {}
     for s in found:
-        if (i := _id(s, ids, root)) in res: raise ValueError(f"two sources have the id {i!r}: {res[i]} and {s}; "+("use ids='path', or rename one" if ids=='name' else "rename one"))
+        if (i := _id(s, ids, root, also)) in res: raise ValueError(f"two sources have the id {i!r}: {res[i]} and {s}; "+("use ids='path', or rename one" if ids=='name' else "rename one"))
         res[i] = s
     return res
 
@@ -169,7 +170,10 @@ class _Job:
 
 def _picture(data, name, job):
     "Decode, fit and enhance the DICOM that `data` holds: uint8 (size,size) or (size,size,3), its `Fit`, its header fields"
-    ds = read_dicom(name, data, job.max_bytes)
+    return _fitted(read_dicom(name, data, job.max_bytes), job)
+
+def _fitted(ds, job):
+    "What `_picture` gives, of a data set"
     fields = header_fields(ds)
     h,w,aspect = fields['height'],fields['width'],pixel_aspect(ds)
     f = fit_square(h, w, job.size, job.fit, aspect)
