@@ -65,7 +65,7 @@ class PadPicture(Condition):
         super().__init__(fields, width, levels)
         self.strides,self.border,places = [2**l for l in levels],border,self.rows.places()
         self.shade = nn.Parameter(torch.cat([torch.cat([torch.linspace(-2,2,len(o)), torch.tensor([3.])]) for o in places])) # (F,), as pixels after normalising
-        self.register_buffer('field', torch.arange(len(places)).repeat_interleave(torch.tensor([len(o)+1 for o in places])))  # of each row, (F,)
+        self.register_buffer('field', torch.tensor([i for i,o in enumerate(places) for _ in range(len(o)+1)]))               # of each row, (F,)
         self.register_buffer('stripe', torch.arange(border)*len(places)//border)                                             # field of each column, (border,)
     def picture(self, x, meta):
         w = self.read(x, meta)*self.shade.to(x.dtype)                                        # (N,F)
