@@ -51,7 +51,7 @@ class Condition(nn.Module):
         self.rows = TableRows(fields)
     def read(self, x, meta):
         "Weights of the rows, (N,F), as numbers of the type of `x`"
-        n,names = len(x),[f['name'] for f in self.rows.fields]
+        n,names = x.shape[0],[f['name'] for f in self.rows.fields]
         if meta is None: meta = torch.full((n,len(names)), math.nan, device=x.device)
         if meta.shape!=(n,len(names)): raise ValueError(f"metadata of shape {tuple(meta.shape)} for {n} pictures; this model is told {', '.join(names)}, in this order")
         return self.rows(meta.as_subclass(Tensor).float()).to(x.dtype)
@@ -69,10 +69,10 @@ class PadPicture(Condition):
         self.register_buffer('stripe', torch.arange(border)*len(places)//border)                                             # field of each column, (border,)
     def picture(self, x, meta):
         w = self.read(x, meta)*self.shade.to(x.dtype)                                        # (N,F)
-        s = w.new_zeros(len(x), len(self.rows.fields)).index_add(1, self.field, w)[:,self.stripe] # (N,border)
+        s = w.new_zeros(x.shape[0], len(self.rows.fields)).index_add(1, self.field, w)[:,self.stripe] # (N,border)
         x = torch.cat([x, s[:,None,None].expand(-1,x.shape[1],x.shape[2],-1)], 3)            # (N,C,h,w+border)
         return torch.cat([x, s[:,None,:,None].expand(-1,x.shape[1],-1,x.shape[3])], 2)       # (N,C,h+border,w+border)
-    def on_levels(self, levels, meta, shape): return [p[:,:,:-(-shape[0]//s),:-(-shape[1]//s)] for p,s in zip(levels,self.strides)]
+    def on_levels(self, levels, meta, shape): return [p[:,:,:(shape[0]+s-1)//s,:(shape[1]+s-1)//s] for p,s in zip(levels,self.strides)]
 
 conditions['pad'] = PadPicture
 

@@ -60,10 +60,10 @@ class RetinaHead(nn.Module):
         if prior is not None: nn.init.constant_(self.out.bias, -math.log((1-prior)/prior))
 
     def forward(self, levels): # each (N,width,r,c)
-        many = few_places(levels) if self.shares and not torch.compiler.is_compiling() else len(levels)
+        many = few_places(levels) if self.shares and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) else len(levels)
         outs = [self.out(self.tower(p)) for p in levels[:many]]                                       # (N,n_anchors*n_out,r,c)
         if many<len(levels): outs += self._together(levels[many:])
-        return torch.cat([o.permute(0,2,3,1).reshape(len(o),-1,self.n_out) for o in outs], 1)         # (N,A,n_out)
+        return torch.cat([o.permute(0,2,3,1).reshape(o.shape[0],-1,self.n_out) for o in outs], 1)  # (N,A,n_out)
 
     def _together(self, levels):
         "What `forward` does, for all of `levels` on one canvas"
