@@ -69,7 +69,7 @@ class PadPicture(Condition):
         self.register_buffer('stripe', torch.arange(border)*len(places)//border)                                             # field of each column, (border,)
     def picture(self, x, meta):
         w = self.read(x, meta)*self.shade.to(x.dtype)                                        # (N,F)
-        s = w.new_zeros(x.shape[0], len(self.rows.fields)).index_add(1, self.field, w)[:,self.stripe] # (N,border)
+        s = (w@(self.field[:,None]==self.stripe).to(w.dtype))                               # (N,border)
         x = torch.cat([x, s[:,None,None].expand(-1,x.shape[1],x.shape[2],-1)], 3)            # (N,C,h,w+border)
         return torch.cat([x, s[:,None,:,None].expand(-1,x.shape[1],-1,x.shape[3])], 2)       # (N,C,h+border,w+border)
     def on_levels(self, levels, meta, shape): return [p[:,:,:(shape[0]+s-1)//s,:(shape[1]+s-1)//s] for p,s in zip(levels,self.strides)]
