@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'expectation', 'how_made', 'Detector', 'items_of', 'read_item', 'Findings', 'Result']
 
-# %% ../nbs/16a_detector.ipynb #d55c3503
+# %% ../nbs/16a_detector.ipynb #7da710cb
 import cv2, hashlib, json, numpy as np, os, pandas as pd, pydicom, struct, torch
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,7 @@ from .decode import lesion_prob, postprocess
 from .learner import _rows, _warn_unknown, read_detector, save_detector
 from .evaluate import lesion_counts, precision_recall
 from .operate import OperatingPoint, level_scores
+from .engines import make_engine
 import lungdet.metadata # brings the models that are told age, sex and view
 
 # %% ../nbs/16a_detector.ipynb #b7785016
@@ -77,7 +78,7 @@ def _fits(point, classes):
     if point.by_class and set(point.by_class)!=set(classes): raise ValueError(f"the operating point is for the classes {sorted(point.by_class)[:5]}, the detector knows {classes[:5]}; a point of another detector?")
     return point
 
-# %% ../nbs/16a_detector.ipynb #23a121e7
+# %% ../nbs/16a_detector.ipynb #ba629b83
 class Detector:
     "A model with all that it takes to use it: call it with what you want to know about"
     def __init__(self,
@@ -86,14 +87,15 @@ class Detector:
         pictures:dict|None=None, # From `how_made`; straight from the originals if None
         point:OperatingPoint|None=None, # Which boxes are shown, and how
         expected:pd.DataFrame|None=None, # From `expectation`, with the numbers of `images` and `lesions` it rests on
-        engine:str='torch', # What computes, see chapter 16
-        device=None    # For 'torch'; fastai's default if None
+        engine:str='torch', # What computes, one of `engines` of chapter 16
+        device=None,   # For 'torch'; fastai's default if None
+        dtype:str|None=None # In which type it computes; see `make_engine`
     ):
         self.pictures,self.point,self.expected = _checked(dict(pictures=pictures, point=point, expected=expected), cfg['classes'], 'the detector')
         self.cfg,self.device = cfg,torch.device(device or default_device())
-        self.model,self.engine = model.eval().requires_grad_(False),engine
+        self.model,self.engine,self.dtype = model.eval().requires_grad_(False),engine,dtype
         self.anchors,self.fields = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels']),cfg['model'].get('fields') or []
-        self.run = _engine(self)
+        self.run = _engine(self.model.to(self.device), engine, dtype)
 
     @property
     def classes(self): return self.cfg['classes']
@@ -107,17 +109,18 @@ class Detector:
         return h.hexdigest()[:16]
     def __repr__(self): return f"Detector({', '.join(self.classes)}; {self.cfg['backbone']}, {self.size} px; {self.point or 'no operating point'}; {self.engine})"
 
-def _engine(det):
+def _engine(model, name, dtype):
     "What maps a batch to raw answers"
-    return det.model.to(det.device)
+    if name=='torch' and dtype is None: return model # no copy
+    return make_engine(model, name, dtype)
 
-# %% ../nbs/16a_detector.ipynb #f5019d09
+# %% ../nbs/16a_detector.ipynb #8a5c36f5
 @patch(cls_method=True)
 def from_learner(cls:Detector,
     learn, # A learner of `retinanet_learner`
     point:OperatingPoint|None=None, # As for `Detector`
     preds:pd.DataFrame|None=None, # What `detect` found on the validation part, for `expected`; unknown if None
-    **kwargs # `engine` and `device`
+    **kwargs # `engine`, `device` and `dtype`
 )->Detector:
     "The detector in `learn`"
     if 'backbone' not in learn.detector: raise ValueError(f"this learner is no single detector but {learn.detector}; make one of each of its parts")
@@ -136,7 +139,7 @@ def save(self:Detector, path:str|Path)->Path: # `path`
 def load(cls:Detector,
     path:str|Path, # What `save`, `save_detector` or a run of `lungdet-train` left: the file, or the folder of the run
     point:OperatingPoint|str|Path|None=None, # Instead of the one in the file; or the file of one
-    **kwargs # `engine` and `device`
+    **kwargs # `engine`, `device` and `dtype`
 )->Detector:
     "The detector in a file"
     path = Path(path)

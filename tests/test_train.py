@@ -4,6 +4,7 @@ import pandas as pd, pytest
 from pathlib import Path
 from safetensors.torch import load_file
 from lungdet.config import read_config
+from lungdet.detector import Detector
 from lungdet.formats import Annotations
 from lungdet.train import *
 from lungdet.train import main, main_evaluate
@@ -21,6 +22,9 @@ def test_what_a_run_leaves(run):
     left = {p.name for p in folder.iterdir()}
     assert ('point.json' in left)==(len(pd.read_csv(folder/'predictions.csv'))>0) # nothing to choose one by otherwise
     assert left-{'point.json'}=={'config.toml','split.json','metrics.csv','curves.png','detector.safetensors','predictions.csv','annotations','provenance.json','scores.json'}
+    det = Detector.load(folder) # ready to use
+    assert (det.point and det.point.to_dict())==(json.loads((folder/'point.json').read_text()) if 'point.json' in left else None)
+    if det.expected is not None: assert det.expected.images[0]==len(Annotations.load(folder/'annotations').part('valid'))
     h = pd.read_csv(folder/'metrics.csv')
     assert list(h.phase)==['all']*3 and {'train_loss','valid_loss','cls','box','rsna','AP50','AUC'}<=set(h)
     assert read_config(folder/'config.toml', schema)==cfg()
