@@ -28,7 +28,7 @@ from .single import Backbone, save_weights, load_weights
 from .anchors import Anchors
 from .retinanet import RetinaNet, conditions
 from .loss import RetinaLoss
-from .learner import detect, detector_learner, retinanet_learner, save_detector
+from .learner import detect, detector_learner, retinanet_learner
 from .evaluate import best_threshold, coco_map, image_level
 from .monitor import DetectionScores, history, plot_curves
 from .average import EMA
@@ -43,6 +43,7 @@ from .card import characteristics
 from .report import Report
 from .metadata import shuffle_metadata
 from .classes import tune_classes
+from .detector import Detector
 from .config import Schema, keys_of, read_config, to_toml, write_config
 
 # %% ../nbs/17a_train.ipynb #53994fd1
@@ -279,12 +280,14 @@ def _leave(learn, ann, table, cfg, folder, minutes):
     with atomic_path(folder/'curves.png') as p: plt.savefig(p, format='png', dpi=120)
     plt.close()
     if cfg['train']['best'] and (folder/'best.safetensors').exists(): learn.model.load_state_dict(load_weights(folder/'best.safetensors')[0])
-    save_detector(learn, folder/'detector.safetensors')
-    valid,preds = ann.part('valid'),detect(learn)
+    valid,preds,point = ann.part('valid'),detect(learn),None
     with atomic_path(folder/'predictions.csv') as p: preds.to_csv(p, index=False)
     ann.save(folder/'annotations')
     with atomic_path(folder/'provenance.json') as p: p.write_text(json.dumps(provenance(ann), indent=1))
-    if len(preds) and len(valid.boxes): (tune_classes if len(ann.classes)>1 else tune_rsna)(valid, preds)[0].save(folder/'point.json')
+    if len(preds) and len(valid.boxes):
+        point = (tune_classes if len(ann.classes)>1 else tune_rsna)(valid, preds)[0]
+        point.save(folder/'point.json')
+    Detector.from_learner(learn, point, preds).save(folder/'detector.safetensors') # ready to use: with its point, and what it may be expected to find
     scores = headline_scores(valid, preds)|dict(epochs=len(table), minutes=round(minutes,2))
     with atomic_path(folder/'scores.json') as p: p.write_text(json.dumps(scores, indent=1))
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
