@@ -223,7 +223,7 @@ def read_detector(path:str|Path)->tuple: # The model, in evaluation mode, its co
     if bad := [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]: raise ValueError(f"{path} has weights that are not finite, in {bad[0]!r}; did the training diverge?")
     model = _build(cfg)
     model.load_state_dict(state)
-    return model.eval(),{k:cfg[k] for k in _DETECTOR},{k:v for k,v in cfg.items() if k not in _DETECTOR}
+    return model.eval(),{k:v for k,v in cfg.items() if k in _DETECTOR},{k:v for k,v in cfg.items() if k not in _DETECTOR}
 
 def load_detector(path:str|Path)->tuple: # The model, in evaluation mode, and its configuration
     "What `save_detector` wrote"
