@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURES', 'expectation', 'how_made', 'Detector', 'items_of', 'read_item', 'Findings', 'Result']
 
-# %% ../nbs/16a_detector.ipynb #7da710cb
-import cv2, hashlib, json, numpy as np, os, pandas as pd, pydicom, struct, torch
+# %% ../nbs/16a_detector.ipynb #c5644db6
+import copy, cv2, hashlib, json, numpy as np, os, pandas as pd, pydicom, struct, torch
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -78,7 +78,7 @@ def _fits(point, classes):
     if point.by_class and set(point.by_class)!=set(classes): raise ValueError(f"the operating point is for the classes {sorted(point.by_class)[:5]}, the detector knows {classes[:5]}; a point of another detector?")
     return point
 
-# %% ../nbs/16a_detector.ipynb #ba629b83
+# %% ../nbs/16a_detector.ipynb #5063f85f
 class Detector:
     "A model with all that it takes to use it: call it with what you want to know about"
     def __init__(self,
@@ -93,7 +93,7 @@ class Detector:
     ):
         self.pictures,self.point,self.expected = _checked(dict(pictures=pictures, point=point, expected=expected), cfg['classes'], 'the detector')
         self.cfg,self.device = cfg,torch.device(device or default_device())
-        self.model,self.engine,self.dtype = model.eval().requires_grad_(False),engine,dtype
+        self.model,self.engine,self.dtype = model.eval(),engine,dtype
         self.anchors,self.fields = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels']),cfg['model'].get('fields') or []
         self.run = _engine(self.model.to(self.device), engine, dtype)
 
@@ -114,7 +114,7 @@ def _engine(model, name, dtype):
     if name=='torch' and dtype is None: return model # no copy
     return make_engine(model, name, dtype)
 
-# %% ../nbs/16a_detector.ipynb #8a5c36f5
+# %% ../nbs/16a_detector.ipynb #43635324
 @patch(cls_method=True)
 def from_learner(cls:Detector,
     learn, # A learner of `retinanet_learner`
@@ -127,7 +127,7 @@ def from_learner(cls:Detector,
     exp,valid = None,learn.dls.ann.part('valid')
     if preds is not None and (exp := expectation(valid, preds, point)) is not None: exp = exp.assign(images=len(valid), lesions=len(valid.boxes))
     cfg = json.loads(json.dumps(learn.detector)) # tuples become lists, as in the file
-    return cls(learn.model, cfg, how_made(learn.dls.ann), point, exp, **kwargs)
+    return cls(copy.deepcopy(learn.model), cfg, how_made(learn.dls.ann), point, exp, **kwargs) # a copy: the learner may go on training
 
 @patch
 def save(self:Detector, path:str|Path)->Path: # `path`
@@ -149,7 +149,7 @@ def load(cls:Detector,
     pic,own,exp = _checked(use, cfg['classes'], file)
     if point is None and own is None and (path/'point.json').exists(): point = path/'point.json' # a run of lungdet before this chapter
     if isinstance(point, (str,Path)): point = OperatingPoint.load(point)
-    if point is not None and _treatment(point)!=_treatment(own): exp = None # it was measured on other boxes
+    if point is not None and _treatment(_fits(point, cfg['classes']))!=_treatment(own): exp = None # it was measured on other boxes
     return cls(model, cfg, pic, point or own, exp, **kwargs)
 
 def _treatment(point):
