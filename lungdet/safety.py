@@ -14,7 +14,7 @@ from .core import XYXY
 from .dicom import MAX_BYTES, read_dicom, to_gray, _text
 from .convert import sources
 
-# %% ../nbs/16b_safety.ipynb #d487e727
+# %% ../nbs/16b_safety.ipynb #cc4cbe75
 def _picture(**header):
     "A small DICOM, and what `header` makes of it"
     ds = Dataset()
@@ -32,7 +32,7 @@ def _bytes(ds):
 class _Call:
     "An object that calls `open(path, 'w')` when it is unpickled"
     def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return open, (self.path,'w')
+    def __reduce__(self): return io.open, (self.path,'w')
 
 def hostile_files(
     folder:str|Path, # Made if need be
