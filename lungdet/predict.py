@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PORTION', 'portions', 'Journal', 'claim', 'predict', 'draw_boxes', 'picture_of', 'write_overlays', 'write_gallery',
-           'submission', 'write_coco', 'write_reports', 'main']
+           'burned_in', 'submission', 'write_coco', 'write_reports', 'main']
 
-# %% ../nbs/16d_predict.ipynb #a1dc1cb7
+# %% ../nbs/16d_predict.ipynb #a26f7529
 import argparse, base64, cv2, hashlib, html, io, json, math, numpy as np, os, pandas as pd, sys, tempfile, warnings
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from .convert import _ENCODING, _IDS, Source, encode_png
 from .formats import Annotations
 from .pictures import load_picture
 from .evaluate import write_submission
+from .safety import burned_in_text
 from .detector import Detector, Findings, Result, items_of, read_item
 
 # %% ../nbs/16d_predict.ipynb #1fc74768
@@ -189,6 +190,18 @@ def write_gallery(
     with atomic_path(path) as p: p.write_text(_PAGE.format(side=side, head=head, figures='\n'.join(map(figure, top.itertuples())), refused=refused), encoding='utf-8')
     return Path(path)
 
+# %% ../nbs/16d_predict.ipynb #2791ffdc
+def burned_in(
+    f:Findings,  # From `predict`
+    items:dict,  # From `items_of`
+    frame:int|None=None # As for `predict`
+)->pd.DataFrame: # `image_id` and the columns of `burned_in_text`
+    "Lines of text in the pictures of `f`, as far as they can be seen"
+    def lines(i):
+        im = picture_of(items[i], frame)
+        return burned_in_text(im if im.ndim==2 else cv2.cvtColor(im, cv2.COLOR_RGB2GRAY)).assign(image_id=i)
+    return pd.concat([burned_in_text(np.zeros((8,8),np.uint8)).assign(image_id=''), *map(lines, f.images.image_id)], ignore_index=True)[['image_id',*XYXY,'letters','score']]
+
 # %% ../nbs/16d_predict.ipynb #562deac6
 def submission(
     f:Findings,      # What was found
@@ -223,7 +236,7 @@ def write_reports(f:Findings, items:dict, out:str|Path, det:Detector, frame:int|
         p.parent.mkdir(exist_ok=True)
         write_sr(by.get(i, f.boxes[:0]), {i:ds}, who, p, k, when)
 
-# %% ../nbs/16d_predict.ipynb #f15f2037
+# %% ../nbs/16d_predict.ipynb #22a02142
 def _parser():
     p = argparse.ArgumentParser('lungdet-predict', description="Look for lesions in DICOMs, PNGs or JPEGs. Run it again after an interruption: it goes on where it stopped. Research use only.",
         epilog="Exit code: 0 all looked at, 1 some files were refused (they are listed, and in refused.csv), 2 it could not start or had to stop, 130 interrupted.")
@@ -254,6 +267,9 @@ def _extras(a, det, f, items):
     if a.format=='sr': write_reports(f, items, out, det, a.frame)
     if a.overlay: write_overlays(f, items, out, a.frame)
     if a.gallery: write_gallery(f, items, out/'gallery.html', a.gallery, frame=a.frame)
+    if a.overlay or a.gallery:
+        _csv(t := burned_in(f, items, a.frame), out/'burned_in.csv')
+        if len(t): print(f"{t.image_id.nunique()} pictures seem to hold text, such as {t.image_id[0]}: look at them before you show them around ({out/'burned_in.csv'})", file=sys.stderr)
 
 def main(argv=None)->int: # Exit code
     "`lungdet-predict`"

@@ -38,7 +38,7 @@ def test_exit_codes_and_files(model, scans, tmp_path, capsys):
     assert main([str(model), str(scans), '--out', str(out), '--overlay', '--gallery', '--format', 'rsna'])==1
     said = capsys.readouterr()
     assert 'on 7 of 7 images, 1 files refused' in said.out and 'bad.dcm' in said.err
-    assert set(files(out))=={'predictions.csv','images.csv','refused.csv','results.jsonl','submission.csv','gallery.html',*(f'overlays/s{i}.png' for i in range(7))}
+    assert set(files(out))=={'predictions.csv','images.csv','refused.csv','results.jsonl','submission.csv','gallery.html','burned_in.csv',*(f'overlays/s{i}.png' for i in range(7))}
     p = pd.read_csv(out/'predictions.csv')
     f = Detector.load(model)(scans)
     pd.testing.assert_frame_equal(p, f.boxes, check_dtype=False)
