@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #b16fa6c1
+# %% ../nbs/index.ipynb #9af61d5b
 from .core import *
 from .explore import *
 from .dicom import *
@@ -56,6 +56,14 @@ from .agree import *
 from .volumes import *
 from .series import *
 from .linking import *
+from .engines import *
+from .detector import *
+from .safety import *
+from .dicom_out import *
+from .predict import *
+from .explain import *
+from .demo import *
+from .checkup import *
 from .config import *
 from .train import *
 from .study import *
