@@ -36,7 +36,7 @@ def run_study(
             rows.append(dict(variant=name, seed=seed, run=run_name(cfg))|train(cfg, Path(out)/run_name(cfg)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/17b_study.ipynb #9caa4db8
+# %% ../nbs/17b_study.ipynb #6d1262d2
 def summary(
     runs:pd.DataFrame, # As `run_study` gives them
     scores=('AP50','rsna','AUC') # Columns to show
@@ -46,7 +46,7 @@ def summary(
     for k in scores:
         wide = runs.pivot(index='seed', columns='variant', values=k)
         diff = wide.sub(wide[first], axis=0)
-        for v in wide: rows.setdefault(v, {}).update({k:f'{wide[v].mean():.3f}'+(f' ({wide[v].std():.3f})' if len(wide)>1 else ''), f'{k} -': '' if v==first else f'{diff[v].mean():+.3f} [{diff[v].min():+.3f}, {diff[v].max():+.3f}]'})
+        for v in wide: rows.setdefault(v, {}).update({k:f'{wide[v].mean():.3f}'+(f' ({wide[v].std():.3f})' if wide[v].count()>1 else ''), f'{k} -': '' if v==first else f'{diff[v].mean():+.3f} [{diff[v].min():+.3f}, {diff[v].max():+.3f}]'})
     return pd.DataFrame(rows).T.loc[[*runs.variant.unique()]].rename_axis('variant')
 
 # %% ../nbs/17b_study.ipynb #c47e25b8
@@ -86,23 +86,23 @@ def over_patients(
         rows[k][['diff','diff_lo','diff_hi']] = d[['value','lo','hi']] if k!=first else float('nan')
     return pd.concat(rows, names=['model','figure'])
 
-# %% ../nbs/17b_study.ipynb #a89196f6
+# %% ../nbs/17b_study.ipynb #f7c7ad85
 def keep_results(
     res:pd.DataFrame, # As `over_patients` gives it
     file:str|Path,    # CSV to write
     data:str,         # What the models were trained and judged on, in words
     ann:Annotations,  # All images, with `split`
-    seeds:int         # Runs of each model
+    seeds:int|dict    # Runs of each model; or for each, by name
 )->pd.DataFrame:      # What was written: `data`, `model`, `figure`, `value`, `lo`, `hi`, `seeds`, `images`, `boxes`, `split`
     "Write results with the data they are from"
     valid,split = ann.part('valid'),provenance(ann)['split']
-    rows = res.reset_index()[['model','figure','value','lo','hi']].round(4).assign(seeds=seeds, images=len(valid), boxes=len(valid.boxes), split=split)
+    rows = res.reset_index()[['model','figure','value','lo','hi']].round(4).assign(seeds=lambda o: o.model.map(seeds) if isinstance(seeds, dict) else seeds, images=len(valid), boxes=len(valid.boxes), split=split)
     rows.insert(0, 'data', data)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as p: rows.to_csv(p, index=False)
     return rows
 
-# %% ../nbs/17b_study.ipynb #7591228e
+# %% ../nbs/17b_study.ipynb #61b8757c
 def read_results(
     folder:str|Path # Files of `keep_results`
 )->pd.DataFrame:    # One row per model: each figure as value (lo to hi), `seeds`, and how many images and boxes it was judged on
@@ -114,4 +114,4 @@ def read_results(
     df['text'] = [f'{v:.3f} ({lo:.3f} to {hi:.3f})' for v,lo,hi in zip(df.value, df.lo, df.hi)]
     if len(twice := df[df.duplicated([*by,'figure'])]): raise ValueError(f"{folder} holds two results for {twice.iloc[0][[*by,'figure']].tolist()}; which is the right one?")
     wide = df.pivot(index=by, columns='figure', values='text')[names].fillna('')
-    return wide.join(df.groupby(by)[['seeds','images','boxes','split']].first()).loc[[*dict.fromkeys(zip(df.data, df.model))]]
+    return wide.join(df.groupby(by)[['seeds','images','boxes','split']].first()).sort_index()
