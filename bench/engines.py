@@ -67,14 +67,20 @@ if args.run:
     valid,told,n = ann.part('valid'),bool(cfg['model'].get('fields')),-(-args.calibrate//8)
     cal = [torch.cat(o)[:args.calibrate].as_subclass(plain) for o in zip(*[b[:1+told] for b,_ in zip(dls.train, range(n))])]
     seen = [[o.as_subclass(plain) for o in b[:1+told]] for b in dls.test_dl(valid.images.to_dict('records'))]
-    def found(m):
-        with torch.inference_mode(): return torch.cat([postprocess(m(*b), anchors, size) for b in seen])
+    class Replay(torch.nn.Module):
+        "A model that gives answers which it was given, in turn"
+        def __init__(self, outs): super().__init__(); self.outs = iter(outs)
+        def forward(self, *_): return next(self.outs)
     made = {title(*k): make_engine(model, *k, *cal) for k in kinds}
     with tempfile.TemporaryDirectory() as d: whole = quantise(export_onnx(model, Path(d)/'m.onnx').read_bytes(), *cal, parts=('/backbone/','/fpn/','_head/tower/'))
     made['onnxruntime int8, backbone too'] = OnnxEngine(whole)
-    first,rows = found(model),{}
+    first,rows = None,{}
     for k,m in made.items():
-        preds = detect(SimpleNamespace(dls=dls, model=m, loss_func=SimpleNamespace(anchors=anchors, size=size)))
-        rows[k] = {**detection_diff(first, found(m)), 'AP50':coco_map(valid, preds).AP50, 'AUC':image_level(valid, preds)['AUC']}
+        with torch.inference_mode(): outs = [m(*b) for b in seen]
+        found = torch.cat([postprocess(o, anchors, size) for o in outs])
+        first = found if first is None else first
+        preds = detect(SimpleNamespace(dls=dls, model=Replay(outs), loss_func=SimpleNamespace(anchors=anchors, size=size)))
+        rows[k] = {**detection_diff(first, found), 'AP50':coco_map(valid, preds).AP50, 'AUC':image_level(valid, preds)['AUC']}
+        print(k, {n:round(float(v), 4) for n,v in rows[k].items()}, flush=True)
     print(f'\n{cfg["backbone"]}, {cfg["size"]} px, {len(valid)} validation images, {len(valid.boxes)} boxes, calibrated on {len(cal[0])}')
     print(pd.DataFrame(rows).T.astype(float).round(4).to_string())
