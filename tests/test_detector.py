@@ -167,7 +167,7 @@ def test_image_head_gives_the_probability(scans, tmp_path):
     learn = learner(Annotations(ann.images.assign(split='valid'), ann.boxes, ann.classes), categories=['none','lesion'])
     det = Detector.from_learner(learn)
     x = torch.cat([b[0] for b in learn.dls.test_dl(ann.images.to_dict('records'))])
-    with torch.no_grad(): want = learn.model(x)[2].softmax(1)[:,1]
+    with torch.no_grad(): want = learn.model.eval()(x)[2].softmax(1)[:,1]
     np.testing.assert_allclose(det(d).images.probability, want.numpy(), atol=1e-5)
 
 def test_expectation_is_what_chapter_11_says():
