@@ -174,7 +174,7 @@ def test_nothing_found_is_written_too(model, scans, tmp_path):
 def test_coco_reads_back(model, scans, tmp_path):
     from pycocotools.coco import COCO
     f = Detector.load(model)(scans)
-    c = COCO(str(write_coco(f, tmp_path/'c.json')))
+    c = COCO(str(write_coco_scores(f, tmp_path/'c.json')))
     assert len(c.getImgIds())==7 and len(c.loadRes(c.dataset['annotations']).anns)==len(f.boxes)
 
 def test_json_keeps_results_to_the_last_digit(tmp_path):
