@@ -46,7 +46,9 @@ def test_every_link_leads_somewhere(site, pages):
 def test_every_notebook_has_its_page_with_its_figures(pages):
     for nb in sorted((ROOT/'nbs').glob('**/*.ipynb')):
         if '.ipynb_checkpoints' in nb.parts: continue
-        page = pages[nb.relative_to(ROOT/'nbs').with_suffix('.html').as_posix()]
+        name = nb.relative_to(ROOT/'nbs').with_suffix('.html').as_posix()
+        page = pages[name]
+        assert name in pages['index.html'].links, f'{name} is in no menu'
         kept = sum('image/png' in o.get('data',{}) for c in json.loads(nb.read_text())['cells'] for o in c.get('outputs',[]))
         assert len([o for o in page.pictures if '_files/' in o])==kept, nb.name
         assert 'Traceback' not in page.text

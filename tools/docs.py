@@ -33,7 +33,7 @@ class Site:
         self.nbs = {f.relative_to(NBS).with_suffix('').as_posix():read(f) for f in sorted(NBS.glob('**/*.ipynb')) if '.ipynb_checkpoints' not in f.parts}
         self.modules = {m:k for k,nb in self.nbs.items() if (m := module(nb)) and m!='all'}
         self.names = {n:m for m in self.modules for n in importlib.import_module(f'lungdet.{m}').__all__}
-        self.chapters = {k.split('_')[0]:k for k in self.nbs if re.match(r'\d', k)}
+        self.chapters = {k.split('_')[0]:k for k in reversed(self.nbs) if re.match(r'\d', k)} # of several with one number the first
 
     def linked(self, text, up):
         "Prose `text` with links, `up` being the way to the top, and formulas; code blocks as they are"
@@ -93,7 +93,7 @@ def write(path, text):
 
 def nav(site):
     "The order of the pages, for MkDocs"
-    def chapters(numbers): return [{f"{n} {title(site.nbs[k])}":f'{k}.md'} for n,k in site.chapters.items() if int(n[:2]) in numbers]
+    def chapters(numbers): return [{f"{k.split('_')[0]} {title(nb)}":f'{k}.md'} for k,nb in site.nbs.items() if re.match(r'\d', k) and int(k[:2]) in numbers]
     return [{'lungdet':'index.md'}, *({part:chapters(numbers)} for part,numbers in PARTS.items()),
             {'Experiments':[{title(nb):f'{k}.md'} for k,nb in site.nbs.items() if k.startswith('exp/')]}, {'API':[{m:f'api/{m}.md'} for m in site.modules]}]
 
