@@ -41,8 +41,7 @@ def look(
 def _notes(o, im):
     "What to tell about a picture before it is shown around"
     gray = im if im.ndim==2 else cv2.cvtColor(im, cv2.COLOR_RGB2GRAY)
-    if isinstance(o, np.ndarray) or says_burned_in(o) is None: said = []
-    else: said = ['The header says that text is burned into this picture.'] if says_burned_in(o) else []
+    said = [] if isinstance(o, np.ndarray) or not says_burned_in(o) else ['The header says that text is burned into this picture.']
     if len(burned_in_text(gray)): said.append('This picture seems to hold burned-in text. It may be a name.')
     return said
 
@@ -56,6 +55,8 @@ main{display:grid;grid-template-columns:minmax(0,1fr) 20rem;gap:1rem;padding:1re
 #view svg{position:absolute;inset:0;width:100%;height:100%} rect{fill:none;stroke:PRED;stroke-width:2;vector-effect:non-scaling-stroke} text{fill:#000;font:600 var(--px) system-ui;paint-order:stroke;stroke:PRED;stroke-width:.5em;stroke-linejoin:round}
 aside>*{margin:0 0 1rem} input[type=range]{width:100%} table{border-collapse:collapse;width:100%} td,th{text-align:left;padding:.2rem .4rem;border-bottom:1px solid #3a434a} .bad{color:#ffb3a8} .muted{color:#a8b2ba;font-size:.9rem} button{font:inherit;padding:.4rem .8rem}
 """
+
+# %% ../nbs/16f_demo.ipynb #page16f
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>lungdet</title><style nonce="{nonce}">{css}</style></head><body>
 <div id="banner" role="alert">Research use only. Not a medical device: nothing here may be used to diagnose, treat or triage anybody.</div>
 <main><section id="drop"><label>Drop a DICOM, PNG or JPEG here<br><span class="muted">at most {max_mb} MB; it stays in the memory of this computer</span><input id="file" type="file"></label>
