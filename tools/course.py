@@ -19,13 +19,14 @@ def execute(src:Path, dst:Path, env:dict)->str:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--in-place', action='store_true', help='renew the outputs of nbs/*.ipynb')
-    p.add_argument('only', nargs='*', help='numbers of the chapters to run, such as 06 10; all if none')
+    p.add_argument('only', nargs='*', help='chapters to run, by number or name, such as 06 10_learner; all if none')
     args = p.parse_args()
     env = os.environ|{} if args.in_place else os.environ|{'LUNGDET_WORK':str(OUT/'work')}
     if args.in_place and env.get('LUNGDET_DATA'): sys.exit('The kept outputs show synthetic studies: unset LUNGDET_DATA to renew them.')
     if not args.in_place: OUT.mkdir(exist_ok=True)
-    nbs = [o for o in sorted(NBS.glob('[0-9][0-9]*_*.ipynb')) if not args.only or o.name.split('_')[0] in args.only]
+    nbs = [o for o in sorted(NBS.glob('[0-9][0-9]*_*.ipynb')) if not args.only or {o.stem,o.name.split('_')[0]}&{*args.only}]
     print(f"{len(nbs)} chapters on {env.get('LUNGDET_DATA') or 'synthetic studies'}", flush=True)
+    if not nbs: sys.exit(f'There is no chapter {", ".join(args.only)}.')
     begin,failed = time.time(),[]
     for nb in nbs:
         start = time.time()
