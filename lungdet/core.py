@@ -18,13 +18,18 @@ import cv2, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pydicom import Dataset, DataElement, dataset, encaps, uid
 from scipy.interpolate import CubicSpline
 
-# %% ../nbs/00_core.ipynb #f91650f8
+# %% ../nbs/00_core.ipynb #98658251
 TRUTH, PRED, MUTED = '#56b4e9', '#e69f00', '#7f7f7f' # Ground truth, prediction (two that everybody can tell apart), everything else
 XYXY = ['x1','y1','x2','y2'] # The corners of a box in a table, px
 CATEGORY_COLORS = {'Normal':'#1f77b4', 'No Lung Opacity / Not Normal':'#9467bd', 'Lung Opacity':'#d62728'}
 
-def show_image(im, ax=None, title=None, figsize=None):
-    "Show `im`, array (h,w) or (h,w,3) or tensor (c,h,w), without stretching it: `uint8` as 0..255, floats within 0..1 as 0..1"
+def show_image(
+    im,           # Picture: array (h,w) or (h,w,3), or tensor (c,h,w)
+    ax=None,      # Axes to draw on, None: a new figure
+    title=None,   # Text above
+    figsize=None  # Inches (width, height) of a new figure
+):                # The axes
+    "Show `im` without stretching it: `uint8` as 0..255, floats within 0..1 as 0..1"
     if hasattr(im, 'detach'): im = (im.permute(1,2,0) if im.ndim==3 else im).detach().cpu().float().numpy()
     im = np.asarray(im)[...,0] if tuple(im.shape[2:])==(1,) else np.asarray(im)
     if im.ndim!=2 and im.shape[2:]!=(3,): raise ValueError(f"Shape {im.shape} is no picture: (h,w), (h,w,3) or a tensor (c,h,w)")
@@ -88,9 +93,12 @@ def show_grid(
     for im,b,t,ax in zip(ims,boxes,titles,axs): show_boxes(im, b, ax=ax, title=t, **kw)
     return axs[:n]
 
-# %% ../nbs/00_core.ipynb #690896eb
+# %% ../nbs/00_core.ipynb #836b7ee7
 SHARES = {'Lung Opacity':.40, 'No Lung Opacity / Not Normal':.35, 'Normal':.25}
-def describe(i:int, seed:int=42)->SimpleNamespace:
+def describe(
+    i:int,           # Number of the study
+    seed:int=42      # Number of the set: same seed, same studies
+)->SimpleNamespace:  # Facts as attributes: `id`, `patient`, `category`, `age` (years), `sex`, `view`, `spacing` (mm per px), and what the drawing needs
     "All that is decided about study `i` of the set `seed` before anything is drawn: who, how, and what is wrong"
     who = i
     while who>0 and np.random.default_rng([seed,who,0]).random()<.2: who -= 1 # a follow-up of the study before it
@@ -109,32 +117,62 @@ def describe(i:int, seed:int=42)->SimpleNamespace:
     s.exposure, s.spacing = b.uniform(.85,1.12), b.choice([.139,.143,.168,.171]) # spacing: mm per pixel
     return s
 
-# %% ../nbs/00_core.ipynb #be5abaa4
+# %% ../nbs/00_core.ipynb #f12b870a
+def empty(): return np.zeros((GRID,GRID), np.uint8) # nothing drawn yet
+def flip(pts): return [(-u,v) for u,v in pts] # the same on the other side of the body
+
 GRID = 512 # anatomy is drawn this large and scaled up; noise is added at full size
 class Canvas:
     "Outlines in body units, as float maps (GRID,GRID)"
-    def __init__(self, s):
+    def __init__(self,
+        s:SimpleNamespace # A study, from `describe`
+    ):
         t,self.k,self.s = np.deg2rad(s.tilt), GRID/2*s.scale, s # k: pixels of a body unit
         self.m = np.array([[np.cos(t),-np.sin(t)],[np.sin(t),np.cos(t)]])*self.k*[s.width,1]
-    def px(self, p): # points (n,2) to pixels in 1/16, as OpenCV wants them: bent a little, turned, scaled, moved
+    def px(self,
+        p # Points in body units, (n,2)
+    ):    # The same in 1/16 px of the grid, (n,2)
+        "Points as OpenCV wants them: bent a little, turned, scaled, moved"
         p = np.array(p, float) + self.s.bend*np.sin(2.4*np.array(p, float)[:,::-1]+self.s.phase)
         return ((p@self.m.T + GRID/2*(1+self.s.centre))*16).round().astype(np.int32)
-    def spline(self, pts, closed=False): # 80 points of a smooth curve
+    def spline(self,
+        pts,         # Points to go through, in body units, (n,2)
+        closed=False # Back to the first point?
+    ):               # 80 points of a smooth curve, (80,2)
+        "A smooth curve through `pts`"
         p = np.array([*pts, *([pts[0]] if closed else [])], float)
         t = np.r_[0, np.sqrt(np.linalg.norm(np.diff(p,axis=0),axis=1)).cumsum()]
         return CubicSpline(t, p, bc_type='periodic' if closed else 'natural')(np.linspace(0,t[-1],80))
-    def mask(self, pts): return cv2.fillPoly(empty(), [self.px(self.spline(pts,True))], 255, cv2.LINE_AA, 4)
-    def fill(self, pts, soft=.006, round=0): # 1 inside, thinning out over `round` at the rim, blurred by `soft` (body units)
+    def mask(self,
+        pts # Points of an outline, in body units, (n,2)
+    ):      # 255 inside, 0 outside, (GRID,GRID)
+        "The area within the outline `pts`"
+        return cv2.fillPoly(empty(), [self.px(self.spline(pts,True))], 255, cv2.LINE_AA, 4)
+    def fill(self,
+        pts,       # Points of an outline, in body units, (n,2)
+        soft=.006, # Blur, in body units
+        round=0    # Width of the rim over which it thins out, in body units
+    ):             # 1 inside, (GRID,GRID)
+        "Thickness of a body with the outline `pts`"
         m = self.mask(pts)
         if not round: return self.blur(m, soft)
         d = (cv2.distanceTransform((m>127).view(np.uint8), cv2.DIST_L2, 5)/(round*self.k)).clip(0,1)
         return self.blur(np.sqrt(d*(2-d))*255, soft)
-    def blur(self, m, soft): return cv2.GaussianBlur(m.astype(np.float32)/255, (0,0), soft*self.k)
-    def stroke(self, m, pts, width, level=255): # draw a curve onto `m`, `level` being one number or one per point
+    def blur(self,
+        m,   # Map of bytes, (GRID,GRID)
+        soft # Blur, in body units
+    ):       # 0..1, (GRID,GRID)
+        "`m` as a soft map"
+        return cv2.GaussianBlur(m.astype(np.float32)/255, (0,0), soft*self.k)
+    def stroke(self,
+        m,        # Map of bytes to draw on, (GRID,GRID)
+        pts,      # Points of a curve, in body units, (n,2)
+        width,    # Of the line, in body units
+        level=255 # One gray value, or one per point
+    ):
+        "Draw the curve `pts` onto `m`"
         p,w = self.px(pts).tolist(), max(1,int(width*self.k+.5))
         for a,b,l in zip(p, p[1:], np.broadcast_to(level,len(p)).tolist()): cv2.line(m, a, b, int(l), w, cv2.LINE_AA, 4)
-def empty(): return np.zeros((GRID,GRID), np.uint8)
-def flip(pts): return [(-u,v) for u,v in pts]
 
 # %% ../nbs/00_core.ipynb #24efa39a
 def body(c, s):
@@ -281,9 +319,13 @@ def expose(att, s, size=1024, depth=8):
     a = a*s.exposure + .04*np.sqrt(a.clip(0))*cv2.GaussianBlur(rng.standard_normal((size,size), dtype=np.float32), (0,0), .7)
     return ((1.21*(1-np.exp(-1.6*a))-.16).clip(0,1)*(2**depth-1)+.5).astype(np.uint8 if depth==8 else np.uint16)
 
-# %% ../nbs/00_core.ipynb #e61a8ec9
-def phantom(s, size=1024, depth=8):
-    "Draw study `s`: a picture (size,size) of `depth` bits, and its boxes (n,4) in pixels"
+# %% ../nbs/00_core.ipynb #16b0742c
+def phantom(
+    s:SimpleNamespace, # A study, from `describe`
+    size=1024,         # Side of the picture, px
+    depth=8            # Bits of a gray value: 8, or more for `uint16`
+)->tuple:              # The picture (size,size) and its boxes (n,4) in px
+    "Draw study `s`: a picture, and its boxes"
     maps,boxes = layers(s)
     return expose(sum(maps.values()), s, size, depth), boxes*size/GRID
 
@@ -350,8 +392,10 @@ def make_studies(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/00_core.ipynb #52675cfe
-def make_sample(folder)->Path:
+# %% ../nbs/00_core.ipynb #ad0471da
+def make_sample(
+    folder # Folder to make
+)->Path:   # `folder`
     "Make the 24 studies of `data/sample`"
     return make_studies(folder, 24, quality=60, special={5:'MONOCHROME1', 8:'12 bit', 11:'standard age'})
 
@@ -367,8 +411,10 @@ def _real():
         raise ValueError(f"LUNGDET_DATA is '{v}', where {missing} cannot be found: lay it out as data/README.md says")
     return Path(v).expanduser()
 
-# %% ../nbs/00_core.ipynb #d7a73d8a
-def work_path(*parts)->Path:
+# %% ../nbs/00_core.ipynb #8e861315
+def work_path(
+    *parts # Folders and a file below it
+)->Path:   # The joined path; the folder above it exists
     "Where chapters put what they make, joined with `parts`: below `LUNGDET_WORK`, or `data/work` of a checkout, or `~/.cache/lungdet`"
     real,repo = _real(),_repo()
     base = os.environ.get('LUNGDET_WORK') or (repo/'data'/'work' if repo else Path.home()/'.cache'/'lungdet')
@@ -377,16 +423,20 @@ def work_path(*parts)->Path:
     (p.parent if parts else p).mkdir(parents=True, exist_ok=True)
     return p
 
-def data_path(n=24)->Path:
+def data_path(
+    n=24  # Synthetic studies that are wanted; real data is taken as it is
+)->Path:  # A folder laid out as the RSNA challenge
     "The RSNA folder that `LUNGDET_DATA` names; without it the committed sample, or `n` synthetic studies made once if that is too small"
     if real := _real(): return real
     if n>24: return make_studies(work_path(f'studies{n}_v{PHANTOM}'), n)
     committed = (repo := _repo()) and repo/'data'/'sample'
     return committed if committed and (committed/LABELS).exists() else make_sample(work_path(f'sample_v{PHANTOM}'))
 
-# %% ../nbs/00_core.ipynb #9ef06d25
+# %% ../nbs/00_core.ipynb #22bd6474
 @contextmanager
-def atomic_path(path):
+def atomic_path(
+    path # File to write
+):       # A context that gives another name beside it, to write to
     "A name beside `path` to write to, in a folder that exists; it becomes `path` at the end, and is deleted after an error"
     path = Path(path)
     if not os.path.isdir(path.parent): path.parent.mkdir(parents=True, exist_ok=True)

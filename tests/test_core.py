@@ -1,6 +1,6 @@
 "The data of the course: same seed, same files; tags, labels and boxes that agree; errors that say what to do"
 import json
-import cv2, numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 import matplotlib; matplotlib.use('Agg')
 from pathlib import Path
 from pydicom import dcmread
@@ -97,7 +97,7 @@ def test_the_sample_holds_one_of_everything():
     assert deep.pixel_array.shape==(384,384) and not deep.file_meta.TransferSyntaxUID.is_compressed and deep.pixel_array.max()>255
     assert sum(str(d.PatientAge).endswith('Y') for d in ds)==1 and len({d.PatientID for d in ds})<24
     assert lab.patientId.value_counts().max()==2 and set(cls['class'])==set(CATEGORY_COLORS)
-    rows = {d.PatientID:d.Rows for d in ds}; size = {f.stem:dcmread(f, stop_before_pixels=True).Rows for f in (SAMPLE/IMAGES).iterdir()}
+    size = {f.stem:dcmread(f, stop_before_pixels=True).Rows for f in (SAMPLE/IMAGES).iterdir()}
     pos = lab.dropna(); assert ((pos.x+pos.width)<=pos.patientId.map(size)).all() and ((pos.y+pos.height)<=pos.patientId.map(size)).all()
 
 def test_reuse_refuse_and_leave_nothing_behind(tmp_path, monkeypatch):
