@@ -57,10 +57,10 @@ def class_counts(
     n = _need(images, ['category'], 'images').category.value_counts(dropna=False)
     return pd.DataFrame(dict(n=n, share=n/n.sum()))
 
-# %% ../nbs/01_explore.ipynb #10ad6fa6
+# %% ../nbs/01_explore.ipynb #4dfdb5e2
 def plot_counts(
     images:pd.DataFrame, # One row per image, with `category`
-    ax=None              # Axes to draw on
+    ax=None              # Axes to draw on, None: a new figure
 ):                       # The axes
     "Bars of `class_counts`, in the colours of the categories"
     c = class_counts(images)
@@ -156,12 +156,12 @@ def shortcut_auc(
         return cross_val_score(model, x.to_numpy(), y, cv=parts, scoring='roc_auc')               # (folds,)
     return pd.DataFrame({' + '.join(c):dict(auc=(a := auc(c)).mean(), sd=a.std(ddof=1)) for c in [*([o] for o in by), list(by)]}).T
 
-# %% ../nbs/01_explore.ipynb #609f1b6a
+# %% ../nbs/01_explore.ipynb #e8029f8e
 def show_case(
     case,        # Row of the images table, path of a DICOM, or array (h,w)
     boxes=None,  # Corners (n,4), or the table of boxes: of a row, those of its image are picked
     title=None,  # Text above; of a row, what is known about it
-    ax=None,     # Axes to draw on
+    ax=None,     # Axes to draw on, None: a new figure
     **kw         # Passed to `show_boxes`
 ):               # The axes
     "Show one case with its boxes, pixels as they are stored"
