@@ -7,10 +7,9 @@ __all__ = ['PIXELS', 'MAX_BYTES', 'FITS', 'MODES', 'AGE_UNITS', 'TAGS', 'DicomEr
            'fit_square', 'resize', 'pixel_aspect', 'gamma_curve', 'clahe', 'Enhance', 'enhance', 'parse_age',
            'header_fields']
 
-# %% ../nbs/02_dicom.ipynb #a6672cbc
+# %% ../nbs/02_dicom.ipynb #c7fb4217
 import importlib.util,io,os,struct,zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 import cv2,numpy as np,pandas as pd,pydicom,simplejpeg
 from pydicom.encaps import get_frame
@@ -19,13 +18,17 @@ from pydicom.filereader import _read_file_meta_info,read_preamble
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut,apply_modality_lut,apply_voi
 from pydicom.pixels import pixel_array as decode_frame
-from pydicom.uid import (DeflatedExplicitVRLittleEndian,ExplicitVRBigEndian,ExplicitVRLittleEndian,ImplicitVRLittleEndian,JPEGBaseline8Bit,
-                         JPEGLSLossless,JPEGLSNearLossless,RLELossless)
+from pydicom.uid import (DeflatedExplicitVRLittleEndian,ExplicitVRBigEndian,ExplicitVRLittleEndian,ImplicitVRLittleEndian,JPEGLSLossless,
+                         JPEGLSNearLossless,RLELossless)
 
-# %% ../nbs/02_dicom.ipynb #e5a71d97
+# %% ../nbs/02_dicom.ipynb #d25de2d7
 class DicomError(ValueError):
     "A DICOM that cannot become a picture: `name` of the file, `why`, and in `detail` what a library said, which may quote the header"
-    def __init__(self, name, why, detail=''):
+    def __init__(self,
+        name,     # Of the file
+        why,      # What is wrong with it, and the likely cause
+        detail='' # What a library said
+    ):
         super().__init__(str(name), why, detail)
         self.name,self.why,self.detail = str(name),why,detail
     def __str__(self): return f"{self.name}: {self.why}"+(f" ({self.detail})" if self.detail else '')
@@ -261,30 +264,36 @@ def to_gray(
         return g
     except Exception as e: raise DicomError(getattr(ds,'filename',None) or 'data set', "the pixels cannot be read", _said(e)) from e
 
-# %% ../nbs/02_dicom.ipynb #cbe32134
+# %% ../nbs/02_dicom.ipynb #3e348bf1
 class Fit(NamedTuple):
     "Where a picture lies in a square that it was fitted to: at `x*scale_x+offset_x`, `y*scale_y+offset_y`, px"
     scale_x:float; scale_y:float; offset_x:float=0.; offset_y:float=0.
 
-    def place(self, boxes):
-        "Boxes (n,4) in pixels of the original to pixels of the square"
+    def place(self,
+        boxes # Corners (n,4), in px of the original; array or tensor
+    ):        # The same in px of the square
+        "Where `boxes` of the original lie in the square"
         sx,sy,dx,dy = self
         if not hasattr(boxes,'new_tensor'): return boxes*np.array([sx,sy,sx,sy])+np.array([dx,dy,dx,dy])
         boxes = boxes if boxes.is_floating_point() else boxes.float()
         return boxes*boxes.new_tensor([sx,sy,sx,sy])+boxes.new_tensor([dx,dy,dx,dy])
 
-    def back(self, boxes):
-        "The inverse of `place`"
+    def back(self,
+        boxes # Corners (n,4), in px of the square; array or tensor
+    ):        # The same in px of the original
+        "Where `boxes` of the square lie in the original: the inverse of `place`"
         sx,sy,dx,dy = self
         return Fit(1/sx, 1/sy, -dx/sx, -dy/sy).place(boxes)
 
+# %% ../nbs/02_dicom.ipynb #c30ca47f
 FITS = 'stretch','letterbox'
 def fit_square(
-    h:int, w:int, # Size of the picture, px
-    size:int,     # Side of the square, px
+    h:int,             # Height of the picture, px
+    w:int,             # Width of the picture, px
+    size:int,          # Side of the square, px
     how:str='stretch', # 'stretch', or 'letterbox': keep the proportions and fill up with black
-    aspect:float=1. # Height over width of one pixel, for letterbox; see `pixel_aspect`
-)->Fit:
+    aspect:float=1.    # Height over width of one pixel, for letterbox; see `pixel_aspect`
+)->Fit:                # Where the picture lies in the square
     "How a picture of `h` by `w` lies in a square of `size`"
     if size<1: raise ValueError(f"size {size} is not a number of pixels")
     if how not in FITS: raise ValueError(f"{how!r} is not one of {FITS}")
@@ -293,11 +302,13 @@ def fit_square(
     nh,nw = max(1, round(h*aspect*k)),max(1, round(w*k))
     return Fit(nw/w, nh/h, float((size-nw)//2), float((size-nh)//2))
 
+# %% ../nbs/02_dicom.ipynb #f15410ef
 def resize(
-    gray:np.ndarray, # uint8 (h,w) or (h,w,3)
-    size:int,        # Side of the square that comes out, px
-    how:str='stretch', aspect:float=1. # As in `fit_square`
-)->np.ndarray: # uint8 (size,size) or (size,size,3)
+    gray:np.ndarray,   # uint8 (h,w) or (h,w,3)
+    size:int,          # Side of the square that comes out, px
+    how:str='stretch', # 'stretch' or 'letterbox', as in `fit_square`
+    aspect:float=1.    # Height over width of one pixel, for letterbox
+)->np.ndarray:         # uint8 (size,size) or (size,size,3)
     "Fit `gray` into `(size,size)`: area average along a side that shrinks, linear along one that grows"
     h,w = gray.shape[:2]
     f = fit_square(h, w, size, how, aspect)
@@ -309,8 +320,10 @@ def resize(
     out[int(f.offset_y):int(f.offset_y)+nh,int(f.offset_x):int(f.offset_x)+nw] = gray
     return out
 
-# %% ../nbs/02_dicom.ipynb #0d0d5a49
-def pixel_aspect(ds)->float: # Height over width of one pixel; 1 if the header is silent or senseless
+# %% ../nbs/02_dicom.ipynb #424fca9c
+def pixel_aspect(
+    ds:pydicom.Dataset # From `read_dicom`
+)->float:              # Height over width of one pixel; 1 if the header is silent or senseless
     "The shape of a pixel of `ds`, from its spacing or its aspect ratio, both of which give the vertical value first"
     for k in ('PixelSpacing','ImagerPixelSpacing','NominalScannedPixelSpacing','PixelAspectRatio'):
         v = _numbers(ds, k)
@@ -376,10 +389,12 @@ def parse_age(
     age = int(n)*AGE_UNITS[unit] if n.isascii() and n.isdigit() and len(n)<6 else np.nan
     return float(age) if age<=120 else np.nan
 
-# %% ../nbs/02_dicom.ipynb #ffeca586
+# %% ../nbs/02_dicom.ipynb #ddb5d0f3
 TAGS = 'PatientID PatientAge PatientSex ViewPosition PixelSpacing ImagerPixelSpacing Rows Columns'.split() # All that is ever kept
 
-def header_fields(ds)->dict: # `patient_id`, `height`, `width`, `age` in years, `sex`, `view`, `spacing` in mm; NA where unknown
+def header_fields(
+    ds:pydicom.Dataset # From `read_dicom`
+)->dict:               # `patient_id`, `height`, `width` in px, `age` in years, `sex`, `view`, `spacing` in mm per px; NA where unknown
     "The columns of the images table that the header `ds` holds"
     h,w = _size(ds, getattr(ds,'filename',None) or 'data set')
     pick = lambda k,ok: v if (v := _text(ds,k).upper()) in ok else pd.NA

@@ -1,20 +1,19 @@
 "Chapter 02: every branch of `to_gray` against pydicom or arithmetic, every transfer syntax, damaged files, geometry"
-import importlib.util, signal, struct, time, warnings, zlib
+import importlib.util, signal, struct, time, zlib
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
 from hypothesis import assume, given, settings, strategies as st
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, convert_color_space
+from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing, convert_color_space
 from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2KLossless, ImplicitVRLittleEndian,
                          JPEG2000Lossless, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless)
 
 from dicoms import chest, jpeg, save, stored
-from real import REAL, needs_real
+from real import REAL
 from lungdet import dicom
-from lungdet.core import make_sample
-from lungdet.dicom import (MODES, DicomError, Enhance, Fit, enhance, fit_square, header_fields, parse_age, pixel_aspect, read_dicom, resize, to_gray)
+from lungdet.dicom import (DicomError, Fit, enhance, fit_square, header_fields, parse_age, pixel_aspect, read_dicom, resize, to_gray)
 
 rng = np.random.default_rng(0)
 needs_codecs = pytest.mark.skipif(importlib.util.find_spec('imagecodecs') is None, reason='needs the extra [codecs]')
