@@ -103,8 +103,10 @@ def _check_scan(code, pos, head, frame, todo, tables, every):
         _walk(data, min(every, n-j*every)*len(mcu), mcu, luts, f' of restart interval {j+1}' if len(parts)>1 else '')
     return mark.start()
 
-# %% ../nbs/02a_jpeg.ipynb #fb1ca438
-def check_jpeg(code:bytes)->None:
+# %% ../nbs/02a_jpeg.ipynb #b97e80b1
+def check_jpeg(
+    code:bytes # A JPEG stream, from its start-of-image marker on
+)->None:
     "Raise `ValueError` if the JPEG stream `code` is damaged, as far as its Huffman codes tell (SOF0, SOF1, SOF3; others are not checked)"
     if code[:2]!=b'\xff\xd8': raise ValueError('this is no JPEG stream: no start-of-image marker')
     pos,every,frame,todo,tables = 2,0,None,[],{}
