@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'COLUMNS', 'Source', 'sources', 'dicom_table', 'encode_png', 'pseudonym', 'read_manifest',
            'convert_folder', 'foreground_stats']
 
-# %% ../nbs/02b_convert.ipynb #7ea8ba20
+# %% ../nbs/02b_convert.ipynb #36291bf3
 import argparse,csv,cv2,errno,hashlib,hmac,io,json,os,struct,sys,tempfile,time,warnings,zipfile,zlib
 import numpy as np,pandas as pd
 from concurrent.futures import FIRST_COMPLETED,BrokenExecutor,Executor,ThreadPoolExecutor,wait
@@ -20,10 +20,16 @@ from filelock import FileLock
 from isal import isal_zlib
 from . import __version__
 from .core import atomic_path
-from .dicom import (DicomError,FITS,MAX_BYTES,MODES,TAGS,Enhance,Fit,_parse,_content,enhance,fit_square,header_fields,pixel_aspect,read_dicom,
+from .dicom import (DicomError,FITS,MAX_BYTES,MODES,TAGS,Enhance,_parse,_content,enhance,fit_square,header_fields,pixel_aspect,read_dicom,
                            resize,to_gray)
 
-# %% ../nbs/02b_convert.ipynb #970ef826
+# %% ../nbs/02b_convert.ipynb #f82f56dd
+def _unsafe(member):
+    "Does this name of a zip's member point out of its folder?"
+    parts = member.replace('\\','/').split('/')
+    return parts[0]=='' or '..' in parts or ':' in parts[0]
+
+# %% ../nbs/02b_convert.ipynb #0a36e658
 SUFFIXES = '.dcm','.dicom'
 
 @lru_cache(8)
@@ -35,12 +41,14 @@ def _zip(path, stamp, pid):
 @dataclass(frozen=True)
 class Source:
     "A DICOM file, or the `member` of a zip that is one"
-    path:str
-    member:str|None=None
+    path:str             # The file, or the zip
+    member:str|None=None # Name within the zip, None: `path` is the file itself
     def __str__(self): return f'{self.path}/{self.member}' if self.member else self.path
 
     @property
-    def zip(self): return _zip(self.path, os.stat(self.path).st_mtime_ns, os.getpid())
+    def zip(self):
+        "The open zip that holds the member"
+        return _zip(self.path, os.stat(self.path).st_mtime_ns, os.getpid())
 
     def stamp(self):
         "Size and time of a file, size and checksum of a member: they change when it is replaced"
@@ -49,8 +57,10 @@ class Source:
             return f'{(st := os.stat(self.path)).st_size}-{st.st_mtime_ns}'
         except OSError: return 'gone'
 
-    def read(self, max_bytes=MAX_BYTES):
-        "The bytes of it"
+    def read(self,
+        max_bytes=MAX_BYTES # Refuse what is larger, bytes
+    )->bytes:
+        "What it holds"
         if not self.member: return _content(self.path, max_bytes)
         if _unsafe(self.member): raise DicomError(self, "the name leads out of the zip; it is not read")
         try:
@@ -60,12 +70,7 @@ class Source:
         if len(data)>max_bytes: raise DicomError(self, f"unpacks to more than max_bytes={max_bytes:,}")
         return data
 
-def _unsafe(member):
-    "Does this name of a zip's member point out of its folder?"
-    parts = member.replace('\\','/').split('/')
-    return parts[0]=='' or '..' in parts or ':' in parts[0]
-
-# %% ../nbs/02b_convert.ipynb #fbf2860a
+# %% ../nbs/02b_convert.ipynb #e0b37c8f
 def _is_dicom(name, start, also=()):
     "Should the file of this name be read? By its suffix, perhaps one of `also`, or by the mark at byte 128 of what `start()` gives"
     name = Path(name)
@@ -86,6 +91,7 @@ def _in_zip(path, also=()):
         except (OSError,RuntimeError,EOFError,zipfile.BadZipFile,zlib.error): return b''
     return [Source(str(path),m.filename) for m in z.infolist() if not m.is_dir() and '__MACOSX' not in m.filename and _is_dicom(m.filename.replace('\\','/'), lambda: start(m), also)]
 
+# %% ../nbs/02b_convert.ipynb #96beaf02
 def _id(src, ids, root=None, also=()):
     "Name of `src` without its DICOM suffix, which keeps all parts of a UID such as 1.2.840; with its folders if `ids` is 'path'"
     p = Path(src.member.replace('\\','/') if src.member else os.path.relpath(src.path, root) if root else src.path)
@@ -136,10 +142,10 @@ def dicom_table(
         with ThreadPoolExecutor(n_workers) as ex: rows = list(ex.map(_header_row, todo))
     return pd.DataFrame(rows, columns='image_id path patient_id height width age sex view spacing status reason'.split())
 
-# %% ../nbs/02b_convert.ipynb #fa2858ac
+# %% ../nbs/02b_convert.ipynb #7a5f7832
 def encode_png(
     im:np.ndarray # uint8 (h,w), or (h,w,3) RGB
-)->bytes:
+)->bytes:     # The file
     "`im` as a PNG, with nothing in it but the pixels (PNG specification, third edition, 5 and 9.2)"
     if im.dtype!=np.uint8 or im.shape[2:] not in ((),(3,)): raise ValueError(f"expected uint8 (h,w) or (h,w,3), got {im.dtype} {im.shape}")
     h,w = im.shape[:2]
@@ -151,7 +157,7 @@ def encode_png(
     head = struct.pack('>2I5B', w, h, 8, 0 if im.ndim==2 else 2, 0, 0, 0)                        # 8 bits, gray or RGB
     return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', head)+chunk(b'IDAT', isal_zlib.compress(lines, 1))+chunk(b'IEND', b'')
 
-# %% ../nbs/02b_convert.ipynb #5a0cc9ed
+# %% ../nbs/02b_convert.ipynb #88b3ff74
 COLUMNS = """image_id source path patient_id height width size fit mode frame scale_x scale_y offset_x offset_y age sex view spacing status reason
              stamp bytes""".split()
 
@@ -168,6 +174,7 @@ class _Job:
 
     def settings(self): return dict(size=self.size, fit=self.fit, mode=self.mode if isinstance(self.mode,str) else repr(self.mode), frame=self.frame)
 
+# %% ../nbs/02b_convert.ipynb #aa30d05e
 def _picture(data, name, job):
     "Decode, fit and enhance the DICOM that `data` holds: uint8 (size,size) or (size,size,3), its `Fit`, its header fields"
     return _fitted(read_dicom(name, data, job.max_bytes), job)
@@ -373,13 +380,13 @@ def convert_folder(
     if len(bad): print(f"{len(bad)} of {len(res)} files failed: " + '; '.join(f'{r.source}: {r.reason}' for r in bad[:3].itertuples()) + ('; ...' if len(bad)>3 else ''))
     return res
 
-# %% ../nbs/02b_convert.ipynb #d6f06603
+# %% ../nbs/02b_convert.ipynb #cf38ebb0
 def foreground_stats(
     paths,         # PNGs of the training images, and only of those
     progress=False # Show a progress bar?
 )->tuple: # Means and standard deviations for values from 0 to 1, a list each with one number per channel
     "Mean and standard deviation over all pixels of all pictures that are not black in every channel"
-    hist = 0
+    hist = None
     for p in progress_bar(list(paths)) if progress else paths:
         if pd.isna(p): raise ValueError("a path is missing; leave out the rows of the manifest that failed")
         im = cv2.imread(str(p), cv2.IMREAD_UNCHANGED)
@@ -387,14 +394,14 @@ def foreground_stats(
         im = im[...,None] if im.ndim==2 else im[...,::-1]                                        # (h,w,c), RGB
         fg = im[im.any(-1)]                                                                      # (n,c)
         new = np.stack([np.bincount(o, minlength=256) for o in fg.T])                            # (c,256)
-        if np.ndim(hist) and len(hist)!=len(new): raise ValueError(f"{p} has {len(new)} channels, the pictures before it {len(hist)}")
-        hist = hist+new
-    if not np.sum(hist): raise ValueError("there is no pixel that is not black; is the list empty?")
+        if hist is not None and len(hist)!=len(new): raise ValueError(f"{p} has {len(new)} channels, the pictures before it {len(hist)}")
+        hist = new if hist is None else hist+new
+    if hist is None or not hist.sum(): raise ValueError("there is no pixel that is not black; is the list empty?")
     x,n = np.arange(256)/255,hist.sum(1)
     mean = hist@x/n
     return mean.tolist(),np.sqrt((hist@x**2)/n-mean**2).tolist()
 
-# %% ../nbs/02b_convert.ipynb #0b004855
+# %% ../nbs/02b_convert.ipynb #9d3ef6e6
 def _parser():
     p = argparse.ArgumentParser('lungdet-convert', description="Convert DICOM radiographs to PNGs, with a manifest.csv of what was made of what. "
         "Run it again after an interruption: it goes on where it stopped.",
@@ -424,7 +431,7 @@ def main(argv=None)->int: # Exit code
         bar = not a.quiet and sys.stdout.isatty()
         with nullcontext() if bar else redirect_stdout(io.StringIO()): # what failed is listed below
             res = convert_folder(a.src, a.dst, a.size, a.mode, a.fit, a.frame, a.ids, salt, a.workers, max_bytes=int(a.max_gb*2**30), progress=bar)
-    except KeyboardInterrupt: print(f"\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr); return 130
     except (OSError,ValueError,RuntimeError) as e: print(f"lungdet-convert: {e}", file=sys.stderr); return 2
     bad = res[res.status=='failed']
     print(f"{len(res)-len(bad)} of {len(res)} converted, see {Path(a.dst)/'manifest.csv'}")

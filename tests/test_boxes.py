@@ -1,5 +1,5 @@
 "Geometry of boxes: parity with torchvision, round trips, edge cases"
-import pytest, torch
+import torch
 from hypothesis import given, settings, strategies as st
 from torchvision import ops
 from lungdet.boxes import *

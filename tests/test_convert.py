@@ -5,13 +5,12 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest
 from pydicom.pixels import pixel_array
 
-from dicoms import chest, jpeg, save, stored
+from dicoms import chest, save, stored
 from real import REAL, needs_real
 from lungdet import convert
 from lungdet.convert import *
-from lungdet.convert import main
 from lungdet.core import data_path
-from lungdet.data import LoadBoxes, detection_dls
+from lungdet.data import detection_dls
 from lungdet.dicom import DicomError, Enhance, enhance, read_dicom, resize, to_gray
 from lungdet.formats import read_rsna
 

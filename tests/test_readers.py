@@ -1,5 +1,5 @@
 "Other formats: round trips, real files, and what is wrong with files in the wild"
-import importlib.util, json, plistlib, tempfile
+import importlib.util, plistlib, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
