@@ -6,9 +6,9 @@
 __all__ = ['xywh2xyxy', 'xyxy2xywh', 'xyxy2cxcywh', 'cxcywh2xyxy', 'area', 'iou', 'giou', 'scale_boxes', 'clip_boxes', 'nms',
            'soft_nms', 'fuse_boxes']
 
-# %% ../nbs/03_boxes.ipynb #a786eb87
+# %% ../nbs/03_boxes.ipynb #4e0cee68
 import torch
-from torch import Tensor, tensor
+from torch import Tensor
 from torchvision.ops import batched_nms
 
 # %% ../nbs/03_boxes.ipynb #beee0ed2
@@ -73,20 +73,20 @@ def giou(
     union = s/(1+i)                                                            # since i = (s-union)/union
     return i-(hull-union)/hull.clamp(min=torch.finfo(hull.dtype).eps)
 
-# %% ../nbs/03_boxes.ipynb #26d18e47
+# %% ../nbs/03_boxes.ipynb #8ec64f1f
 def scale_boxes(
-    b:Tensor, # Boxes in pixels, (...,4)
-    from_size:tuple, # Height and width that `b` refers to
-    to_size:tuple    # Height and width that the result refers to
-)->Tensor:    # Boxes in pixels of the new size, (...,4)
+    b:Tensor,        # Boxes in pixels, (...,4)
+    from_size:tuple, # Height and width that `b` refers to, px
+    to_size:tuple    # Height and width that the result refers to, px
+)->Tensor:           # Boxes in pixels of the new size, (...,4)
     "Boxes `b` of a picture of `from_size` after it is stretched to `to_size`"
     (h,w),(H,W) = from_size,to_size
     return b*b.new_tensor([W/w,H/h,W/w,H/h])
 
-# %% ../nbs/03_boxes.ipynb #4e6e43c0
+# %% ../nbs/03_boxes.ipynb #9003726f
 def clip_boxes(
     b:Tensor,  # Boxes in pixels, (...,4)
-    size:tuple # Height and width of the picture
+    size:tuple # Height and width of the picture, px
 )->Tensor:     # Boxes inside of the picture, (...,4)
     "Boxes `b` cut at the edges of a picture of `size`"
     h,w = size
@@ -103,7 +103,7 @@ def nms(
     if labels is None: labels = torch.zeros_like(scores, dtype=torch.int64)
     return batched_nms(boxes.float(), scores.float(), labels, thr)
 
-# %% ../nbs/03_boxes.ipynb #99967fd8
+# %% ../nbs/03_boxes.ipynb #9ec19763
 def soft_nms(
     boxes:Tensor,  # Boxes, (n,4)
     scores:Tensor, # Score of each, (n,)
@@ -111,17 +111,17 @@ def soft_nms(
     min_score:float=.001 # Boxes whose score falls below are dropped
 )->tuple:          # Indices of the boxes kept, best first, (k,), and their new scores, (k,)
     "Suppression that lowers the score of overlapping `boxes` by a Gaussian of their IoU"
-    scores,left,keep = scores.clone().float(),torch.arange(len(boxes)),[]
+    scores,left,best_first = scores.clone().float(),torch.arange(len(boxes)),[]
     while len(left):
         best = left[scores[left].argmax()]
         if scores[best]<min_score: break
-        keep.append(best)
+        best_first.append(best)
         left = left[left!=best]
         scores[left] *= torch.exp(-iou(boxes[best][None], boxes[left])[0]**2/sigma)
-    keep = torch.stack(keep) if keep else left.new_empty(0)
+    keep = torch.stack(best_first) if best_first else left.new_empty(0)
     return keep,scores[keep]
 
-# %% ../nbs/03_boxes.ipynb #e07c4342
+# %% ../nbs/03_boxes.ipynb #e25b524a
 def fuse_boxes(
     boxes:list,  # One tensor of boxes for each model, each (n_i,4)
     scores:list, # The scores of each, each (n_i,)
@@ -131,18 +131,19 @@ def fuse_boxes(
     "Weighted boxes fusion of the `boxes` of several models, of one class"
     b,s = torch.cat(list(boxes)).float(),torch.cat(list(scores)).float()
     model = torch.cat([torch.full((len(o),),i) for i,o in enumerate(boxes)]) # which model each box is of
-    weights = torch.ones(len(boxes)) if weights is None else torch.as_tensor(weights).float()
-    trust,groups,fused = s*weights[model],[],b.new_empty(0,4)
+    w = torch.ones(len(boxes)) if weights is None else torch.as_tensor(weights).float()
+    trust,fused = s*w[model],b.new_empty(0,4)
+    groups:list[list[int]] = [] # which boxes make each of `fused`
     for i in trust.argsort(descending=True).tolist():
         overlap = iou(b[i][None], fused)[0]
-        if len(groups) and overlap.max()>thr: g = overlap.argmax().item()
+        if len(groups) and overlap.max()>thr: g = int(overlap.argmax())
         else:
             g,fused = len(groups),torch.cat([fused,b[i][None]])
             groups.append([])
         groups[g].append(i)
         t = trust[groups[g]][:,None]
         fused[g] = (b[groups[g]]*t).sum(0)/t.sum()
-    seen = s.new_tensor([weights[model[g].unique()].sum()/weights.sum() for g in groups]) # share of models that saw it
-    score = s.new_tensor([trust[g].sum()/weights[model[g]].sum() for g in groups])*seen
+    seen = s.new_tensor([w[model[g].unique()].sum()/w.sum() for g in groups]) # share of models that saw it
+    score = s.new_tensor([trust[g].sum()/w[model[g]].sum() for g in groups])*seen
     order = score.argsort(descending=True)
     return fused[order],score[order]
