@@ -17,11 +17,11 @@ from .convert import dicom_table, pseudonym
 image_cols = ['image_id','path','patient_id','height','width','split','age','sex','view','category']
 box_cols = ['image_id','x1','y1','x2','y2','label']
 
-# %% ../nbs/04_formats.ipynb #6f64991b
+# %% ../nbs/04_formats.ipynb #8039f651
 def complain(
-    bad, # Which rows are wrong, (n,) booleans
+    bad,             # Which rows are wrong, (n,) booleans
     df:pd.DataFrame, # The table they are in
-    why:str # What is wrong, and the likely cause
+    why:str          # What is wrong, and the likely cause
 ):
     "Raise a `ValueError` that names the first rows of `df` that are `bad`, if any"
     bad = np.asarray(bad, dtype=bool)
@@ -30,8 +30,10 @@ def complain(
     rows = '\n'.join(f'  row {i}: '+', '.join(f'{c}={r[c]}' for c in cols) for i,r in df[bad].head(3).iterrows())
     raise ValueError(f"{bad.sum()} of {len(df)} rows: {why}\n{rows}")
 
-# %% ../nbs/04_formats.ipynb #6bbeb7b4
-def check_images(images:pd.DataFrame)->pd.DataFrame:
+# %% ../nbs/04_formats.ipynb #11b8e9dc
+def check_images(
+    images:pd.DataFrame # One row per image, with `image_id` and what is known of `image_cols`
+)->pd.DataFrame:        # All of `image_cols`, then the columns of your own
     "The table `images` with all of its columns, or a `ValueError` that names the rows at fault"
     if 'image_id' not in images: raise ValueError(f"the images table needs a column image_id, it has {list(images.columns)}")
     images = images.reindex(columns=[*image_cols, *(c for c in images if c not in image_cols)]).reset_index(drop=True)
@@ -66,7 +68,7 @@ def check_boxes(
     xy[['x1','x2']],xy[['y1','y2']] = xy[['x1','x2']].clip(0,size[:,[1]]),xy[['y1','y2']].clip(0,size[:,[0]])
     return boxes.assign(**{c:xy[c] for c in xy})
 
-# %% ../nbs/04_formats.ipynb #b43e864e
+# %% ../nbs/04_formats.ipynb #3c90bdf2
 class Annotations:
     "The `images` and their `boxes`, with the names of the `classes`"
     def __init__(self,
@@ -83,26 +85,32 @@ class Annotations:
         n = self.images.patient_id.nunique()
         return f"{len(self)} images of {n} patients, {len(self.boxes)} boxes, classes {self.classes}"
 
-    def of(self, image_id:str)->pd.DataFrame:
+    def of(self,
+        image_id:str # Of one of `images`
+    )->pd.DataFrame: # Its rows of `boxes`
         "The boxes of one image"
         return self.boxes[self.boxes.image_id==image_id]
 
-    def where(self, mask:list)->'Annotations': # `mask` is one boolean for each row of `images`
+    def where(self,
+        mask:list # One boolean for each row of `images`, (N,)
+    )->'Annotations':
         "The images for which `mask` is true, with their boxes"
         images = self.images[np.asarray(mask, dtype=bool)]
         return Annotations(images, self.boxes[self.boxes.image_id.isin(images.image_id)], self.classes)
 
-    def part(self, split:str)->'Annotations':
+    def part(self,
+        split:str # A value of the column `split`
+    )->'Annotations':
         "The images of one `split`, such as 'train' or 'valid'"
         res = self.where((self.images.split==split).fillna(False))
         if not len(res): raise ValueError(f"no image has the split {split!r}; there are {list(self.images.split.dropna().unique())}")
         return res
 
-# %% ../nbs/04_formats.ipynb #d26518a9
+# %% ../nbs/04_formats.ipynb #acef66ec
 @patch
 def sample(self:Annotations,
-    n:int, # How many images at least; all if there are fewer
-    seed:int=42 # Which ones
+    n:int,      # How many images at least; all if there are fewer
+    seed:int=42 # Which ones: same seed, same patients
 )->Annotations:
     "Whole patients drawn at random until they have `n` images"
     patient = self.images.patient_id.fillna(self.images.image_id)
@@ -137,9 +145,11 @@ def pseudonymise(self:Annotations,
     def new(df): return df.assign(**{k:df[k].map(lambda o: pseudonym(o,salt)) for k in ('image_id','patient_id') if k in df})
     return Annotations(new(self.images), new(self.boxes), self.classes)
 
-# %% ../nbs/04_formats.ipynb #36ad619f
+# %% ../nbs/04_formats.ipynb #cd93a7d0
 @patch
-def save(self:Annotations, folder:str|Path)->Path:
+def save(self:Annotations,
+    folder:str|Path # Folder to write to, made if need be
+)->Path:            # `folder`
     "Write `images.csv`, `boxes.csv` and `classes.json` into `folder`"
     folder = Path(folder)
     for name,text in (('images.csv',self.images.to_csv(index=False)), ('boxes.csv',self.boxes.to_csv(index=False)),
@@ -147,9 +157,11 @@ def save(self:Annotations, folder:str|Path)->Path:
         with atomic_path(folder/name) as p: p.write_text(text)
     return folder
 
-# %% ../nbs/04_formats.ipynb #81a6959f
+# %% ../nbs/04_formats.ipynb #84297881
 @patch(cls_method=True)
-def load(cls:Annotations, folder:str|Path)->Annotations:
+def load(cls:Annotations,
+    folder:str|Path # Folder that `save` wrote
+)->Annotations:
     "Read what `save` wrote into `folder`"
     folder = Path(folder)
     if not (folder/'images.csv').exists(): raise ValueError(f"no images.csv in {folder}; was it written by Annotations.save?")
