@@ -44,7 +44,7 @@ def _ids(names:list)->list:
     short = [o.rsplit('/',1)[-1] for o in long]
     return short if len(set(short))==len(set(long)) else long
 
-# %% ../nbs/04a_readers.ipynb #dd12c843
+# %% ../nbs/04a_readers.ipynb #02474dea
 def _picture(path)->dict:
     "The columns of the images table that the header of the picture `path` holds"
     with _naming(path):
@@ -60,9 +60,9 @@ def _pictures(folder)->dict:
     return res
 
 def _found(
-    ids,    # Ids that the labels name
-    files:dict, # Paths by id
-    where, # The folder they are in, for the message
+    ids,                # Ids that the labels name
+    files:dict,         # Paths by id
+    where,              # The folder they are in, for the message
     missing:str='raise' # 'raise' a `ValueError` if a picture is not there, or 'drop' the image
 )->pd.DataFrame: # `image_id`, `path`, `height`, `width` and what else the headers know
     "The images table of the `ids` that have a picture"
@@ -193,22 +193,24 @@ def read_inbreast(
     ignored = Counter(o for (o,n,_,_),k in zip(rois,flat) if n in want and k)
     return _gather(ims.assign(ignored=[ignored[o] for o in ims.image_id]), rows, sorted(want))
 
-# %% ../nbs/04a_readers.ipynb #26ebddf4
+# %% ../nbs/04a_readers.ipynb #9d81e6b1
 def _coco_box(a:dict)->list: # Left, top, width, height
     "The box of the annotation `a`, or the one around its outline"
     if a.get('bbox'): return [float(o) for o in a['bbox']]
-    if isinstance(seg := a.get('segmentation'), dict): raise ValueError("a run-length mask without a bbox; pycocotools.mask.toBbox makes one")
+    if not (seg := a.get('segmentation')): raise ValueError("neither a bbox nor an outline")
+    if isinstance(seg, dict): raise ValueError("a run-length mask without a bbox; pycocotools.mask.toBbox makes one")
     p = np.concatenate([np.reshape(o, (-1,2)) for o in seg]).astype(float)
     return [*p.min(0), *np.ptp(p, axis=0)]
 
-# %% ../nbs/04a_readers.ipynb #2a4b0ef7
+# %% ../nbs/04a_readers.ipynb #1e11f7f3
 def read_coco(
     src:str|Path|dict, # The JSON file, or what is in it
     images:str|Path|None=None # Folder that `file_name` is relative to, None: the pictures need not be there
 )->Annotations:
     "A COCO data set; crowds are counted in `ignored`"
-    name,d = ('COCO',src) if isinstance(src, dict) else (Path(src).name,None)
-    if d is None:
+    if isinstance(src, dict): name,d = 'COCO',src
+    else:
+        name = Path(src).name
         with _naming(src): d = json.loads(Path(src).read_text('utf-8-sig'))
     lacks = {'images','annotations','categories'}-set(d if isinstance(d, dict) else [])
     if lacks: raise ValueError(f"{name} lacks {sorted(lacks)}; is this a file of results?")
@@ -231,8 +233,11 @@ def read_coco(
         for o in ims: o['path'] = str(Path(images)/o['path'])
     return _gather(pd.DataFrame(ims, columns=['image_id','path','height','width','ignored']), rows, list(cats.values()), 'xywh')
 
-# %% ../nbs/04a_readers.ipynb #d8e47a1a
-def write_coco(ann:Annotations, path:str|Path)->Path:
+# %% ../nbs/04a_readers.ipynb #7a38de63
+def write_coco(
+    ann:Annotations, # Images and boxes
+    path:str|Path    # The JSON file to write
+)->Path:             # `path`
     "Write `ann` as COCO JSON to `path`"
     _sized(ann)
     d = ann.to_coco()
@@ -247,7 +252,7 @@ def _sized(ann:Annotations):
     if bad.any(): raise ValueError(f"{bad.sum()} images have no height or width, for example {ann.images.image_id[bad].tolist()[:3]}; "
                                    "read them with their pictures")
 
-# %% ../nbs/04a_readers.ipynb #62c33fe2
+# %% ../nbs/04a_readers.ipynb #1ff9195e
 def read_voc(
     folder:str|Path, # Of XML files, one per image, at any depth
     images:str|Path|None=None, # Folder of the pictures, None: they need not be there
@@ -256,7 +261,8 @@ def read_voc(
     offset:tuple=(1,0) # Taken from the first and from the second corner, px
 )->Annotations:
     "Pascal VOC; a file without objects is a negative"
-    ims,rows,files = [],[],sorted(Path(folder).rglob('*.xml'))
+    ims:list[dict] = []
+    rows,files = [],sorted(Path(folder).rglob('*.xml'))
     if not files: raise ValueError(f"no .xml files below {folder}")
     for f in files:
         o,where = f.relative_to(folder).with_suffix('').as_posix(),str(f.relative_to(folder))
@@ -275,12 +281,15 @@ def read_voc(
     if images is not None: _found([o['image_id'] for o in ims], {o['image_id']:o['path'] for o in ims if Path(o['path']).exists()}, images)
     return _gather(ims, rows, classes)
 
-# %% ../nbs/04a_readers.ipynb #97b41700
+# %% ../nbs/04a_readers.ipynb #08fb475c
 def _outwards(b)->list: return [int(np.floor(b.x1)), int(np.floor(b.y1)), int(np.ceil(b.x2)), int(np.ceil(b.y2))]
 
 def _file_name(r)->str: return Path(r.path).name if isinstance(r.path, str) else r.image_id
 
-def write_voc(ann:Annotations, folder:str|Path)->Path:
+def write_voc(
+    ann:Annotations,  # Images and boxes
+    folder:str|Path   # Folder to write to, made if need be
+)->Path:              # `folder`
     "Write `ann` into `folder` as one Pascal VOC file per image, `<image_id>.xml`"
     _sized(ann)
     by = dict(list(ann.boxes.groupby('image_id')))
@@ -298,7 +307,7 @@ def write_voc(ann:Annotations, folder:str|Path)->Path:
         with atomic_path(Path(folder)/f'{r.image_id}.xml') as p: p.write_bytes(ET.tostring(root, encoding='utf-8'))
     return Path(folder)
 
-# %% ../nbs/04a_readers.ipynb #6986486f
+# %% ../nbs/04a_readers.ipynb #6c4c72bf
 def read_keras_csv(
     path:str|Path, # Lines `path,x1,y1,x2,y2,class`, or `path,,,,,` for a negative
     classes:str|Path|list|None=None # The file of lines `name,number`, or names in order; those found, sorted, if None
@@ -310,13 +319,13 @@ def read_keras_csv(
         if len(r)!=6: raise ValueError(f"{path.name}:{i} has {len(r)} fields and not path,x1,y1,x2,y2,class: {r}")
         if any(o.strip() for o in r[1:]): rows.append(dict(zip(['file',*XYXY,'label'], r), where=f'{path.name}:{i}'))
     files = {r[0]:Path(os.path.normpath(path.parent/r[0].replace('\\','/'))) for _,r in lines}
-    ids = dict(zip(files, _ids(files)))
+    ids = dict(zip(files, _ids(list(files))))
     ims = _found(list(ids.values()), {ids[k]:p for k,p in files.items() if p.exists()}, path.parent)
-    for r in rows: r['image_id'] = ids[r.pop('file')]
+    for row in rows: row['image_id'] = ids[row.pop('file')]
     if isinstance(classes, (str,Path)):
         with _naming(classes):
-            classes = {int(k):n for n,k in csv.reader(Path(classes).read_text('utf-8-sig').splitlines())}
-            classes = [classes[k] for k in sorted(classes)]
+            number = {int(k):n for n,k in csv.reader(Path(classes).read_text('utf-8-sig').splitlines())}
+        classes = [number[k] for k in sorted(number)]
     return _gather(ims, rows, classes)
 
 # %% ../nbs/04a_readers.ipynb #e847f194
@@ -378,8 +387,11 @@ def read_yolo(
             rows.append(dict(zip(XYXY, np.multiply(c,[w,h,w,h])), image_id=o, label=label, where=where))
     return _gather(ims, rows, names)
 
-# %% ../nbs/04a_readers.ipynb #90bd1ef3
-def write_yolo(ann:Annotations, folder:str|Path)->Path:
+# %% ../nbs/04a_readers.ipynb #2508adda
+def write_yolo(
+    ann:Annotations, # Images and boxes
+    folder:str|Path  # Folder to write to, made if need be
+)->Path:             # `folder`
     "Write `labels/<picture>.txt` and `data.yaml` for `ann` into `folder`; pictures stay where they are"
     _sized(ann)
     stems = _ids([_file_name(r) for r in ann.images.itertuples()])
