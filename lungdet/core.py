@@ -7,7 +7,7 @@ __all__ = ['TRUTH', 'PRED', 'MUTED', 'XYXY', 'CATEGORY_COLORS', 'SHARES', 'PHANT
            'show_boxes', 'show_grid', 'describe', 'phantom', 'make_studies', 'make_sample', 'work_path', 'data_path',
            'atomic_path']
 
-# %% ../nbs/00_core.ipynb #9c1d9a99
+# %% ../nbs/00_core.ipynb #0c486998
 import json, os, shutil, tempfile, uuid
 from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2, matplotlib.pyplot as plt, numpy as np, pandas as pd
+from fastcore.basics import patch
 from pydicom import Dataset, DataElement, dataset, encaps, uid
 from scipy.interpolate import CubicSpline
 
@@ -117,7 +118,7 @@ def describe(
     s.exposure, s.spacing = b.uniform(.85,1.12), b.choice([.139,.143,.168,.171]) # spacing: mm per pixel
     return s
 
-# %% ../nbs/00_core.ipynb #f12b870a
+# %% ../nbs/00_core.ipynb #37102e4f
 def empty(): return np.zeros((GRID,GRID), np.uint8) # nothing drawn yet
 def flip(pts): return [(-u,v) for u,v in pts] # the same on the other side of the body
 
@@ -143,36 +144,45 @@ class Canvas:
         p = np.array([*pts, *([pts[0]] if closed else [])], float)
         t = np.r_[0, np.sqrt(np.linalg.norm(np.diff(p,axis=0),axis=1)).cumsum()]
         return CubicSpline(t, p, bc_type='periodic' if closed else 'natural')(np.linspace(0,t[-1],80))
-    def mask(self,
-        pts # Points of an outline, in body units, (n,2)
-    ):      # 255 inside, 0 outside, (GRID,GRID)
-        "The area within the outline `pts`"
-        return cv2.fillPoly(empty(), [self.px(self.spline(pts,True))], 255, cv2.LINE_AA, 4)
-    def fill(self,
-        pts,       # Points of an outline, in body units, (n,2)
-        soft=.006, # Blur, in body units
-        round=0    # Width of the rim over which it thins out, in body units
-    ):             # 1 inside, (GRID,GRID)
-        "Thickness of a body with the outline `pts`"
-        m = self.mask(pts)
-        if not round: return self.blur(m, soft)
-        d = (cv2.distanceTransform((m>127).view(np.uint8), cv2.DIST_L2, 5)/(round*self.k)).clip(0,1)
-        return self.blur(np.sqrt(d*(2-d))*255, soft)
-    def blur(self,
-        m,   # Map of bytes, (GRID,GRID)
-        soft # Blur, in body units
-    ):       # 0..1, (GRID,GRID)
-        "`m` as a soft map"
-        return cv2.GaussianBlur(m.astype(np.float32)/255, (0,0), soft*self.k)
-    def stroke(self,
-        m,        # Map of bytes to draw on, (GRID,GRID)
-        pts,      # Points of a curve, in body units, (n,2)
-        width,    # Of the line, in body units
-        level=255 # One gray value, or one per point
-    ):
-        "Draw the curve `pts` onto `m`"
-        p,w = self.px(pts).tolist(), max(1,int(width*self.k+.5))
-        for a,b,l in zip(p, p[1:], np.broadcast_to(level,len(p)).tolist()): cv2.line(m, a, b, int(l), w, cv2.LINE_AA, 4)
+
+# %% ../nbs/00_core.ipynb #7ad49079
+@patch
+def mask(self:Canvas,
+    pts # Points of an outline, in body units, (n,2)
+):      # 255 inside, 0 outside, (GRID,GRID)
+    "The area within the outline `pts`"
+    return cv2.fillPoly(empty(), [self.px(self.spline(pts,True))], 255, cv2.LINE_AA, 4)
+
+@patch
+def fill(self:Canvas,
+    pts,       # Points of an outline, in body units, (n,2)
+    soft=.006, # Blur, in body units
+    round=0    # Width of the rim over which it thins out, in body units
+):             # 1 inside, (GRID,GRID)
+    "Thickness of a body with the outline `pts`"
+    m = self.mask(pts)
+    if not round: return self.blur(m, soft)
+    d = (cv2.distanceTransform((m>127).view(np.uint8), cv2.DIST_L2, 5)/(round*self.k)).clip(0,1)
+    return self.blur(np.sqrt(d*(2-d))*255, soft)
+
+@patch
+def blur(self:Canvas,
+    m,   # Map of bytes, (GRID,GRID)
+    soft # Blur, in body units
+):       # 0..1, (GRID,GRID)
+    "`m` as a soft map"
+    return cv2.GaussianBlur(m.astype(np.float32)/255, (0,0), soft*self.k)
+
+@patch
+def stroke(self:Canvas,
+    m,        # Map of bytes to draw on, (GRID,GRID)
+    pts,      # Points of a curve, in body units, (n,2)
+    width,    # Of the line, in body units
+    level=255 # One gray value, or one per point
+):
+    "Draw the curve `pts` onto `m`"
+    p,w = self.px(pts).tolist(), max(1,int(width*self.k+.5))
+    for a,b,l in zip(p, p[1:], np.broadcast_to(level,len(p)).tolist()): cv2.line(m, a, b, int(l), w, cv2.LINE_AA, 4)
 
 # %% ../nbs/00_core.ipynb #24efa39a
 def body(c, s):
