@@ -35,11 +35,13 @@ def _who(a):
     missing = {k:len(im)-(len(age) if k=='age' else int(im[k].notna().sum()) if k in im else 0) for k in ('age','sex','view')}
     return {k:str(v) for k,v in res.items()}|{f'{k} not known':str(n) for k,n in missing.items() if n}
 
-# %% ../nbs/11k_card.ipynb #03658e58
+# %% ../nbs/11k_card.ipynb #eee77452
 OPEN = 'to be completed'
 EVIDENCE = ('who','settings','provenance','figures','judged','point','subgroups','errors','warning')
 
-def check_evidence(evidence:dict)->dict: # `evidence`
+def check_evidence(
+    evidence:dict # What is known, see `EVIDENCE`
+)->dict:          # The same
     "`evidence`, or a `ValueError` that names keys that nothing would read"
     if wrong := [k for k in evidence if k not in EVIDENCE]: raise ValueError(f"evidence has no place for {wrong}; its keys are {list(EVIDENCE)}")
     if evidence.get('judged') not in (None,'validation','internal test','external'):
@@ -61,12 +63,14 @@ CLAIM = {'Title and abstract':{1:'AI named in the title, and which kind', 2:'Str
     'Discussion':{40:'Limitations', 41:'What it means for practice and the intended use'},
     'Other':{42:'Protocol and further details', 43:'Availability of software, model and data', 44:'Funding and the role of the funders'}}
 
-# %% ../nbs/11k_card.ipynb #25a6a4e5
+# %% ../nbs/11k_card.ipynb #c0e8dc65
 def _said(text, o, *keys):
     "`text` filled with `o`, or None where `o` lacks a key"
     return text.format(**o) if all(o.get(k) is not None for k in keys) else None
 
-def claim_data(evidence:dict)->dict: # By number of the item
+def claim_data(
+    evidence:dict # What is known, see `EVIDENCE`
+)->dict:          # Answers by number of the item
     "What the evidence says on items about the data"
     s,who = evidence.get('settings',{}),evidence.get('who')
     d,size = s.get('data',{}),s.get('dls',{})|s.get('data',{})
@@ -85,8 +89,10 @@ def claim_data(evidence:dict)->dict: # By number of the item
         res[35] = '; '.join(f'{c}: {who.loc["images",c]} images of {who.loc["patients",c]} patients' for c in who)+f'; excluded: {OPEN}'
     return {k:v for k,v in res.items() if v}
 
-# %% ../nbs/11k_card.ipynb #3679348a
-def claim_model(evidence:dict)->dict: # By number of the item
+# %% ../nbs/11k_card.ipynb #e4fe93d3
+def claim_model(
+    evidence:dict # What is known, see `EVIDENCE`
+)->dict:          # Answers by number of the item
     "What the evidence says on items about model and training"
     s = evidence.get('settings',{})
     m,t,aug,loss = (s.get(k,{}) for k in ('model','train','aug','loss'))
@@ -104,7 +110,9 @@ def claim_model(evidence:dict)->dict: # By number of the item
         27:'None: one model' if m else None,
         43:'The software is lungdet, open source (Apache 2.0); on model and data: to be completed' if versions.get('lungdet') else None}.items() if v}
 
-def claim_results(evidence:dict)->dict: # By number of the item
+def claim_results(
+    evidence:dict # What is known, see `EVIDENCE`
+)->dict:          # Answers by number of the item
     "What the evidence says on items about evaluation and results"
     f,judged,res = evidence.get('figures'),evidence.get('judged'),{}
     if f is not None:
