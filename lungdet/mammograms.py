@@ -33,12 +33,17 @@ def describe_woman(
     s.masses = {side:[mass() for _ in range(rng.choice(3, p=[.6,.34,.06]))] for side in 'RL'}
     return s
 
-# %% ../nbs/13_mammograms.ipynb #81d41d76
+# %% ../nbs/13_mammograms.ipynb #21e79798
 ASPECT,PART = 1914/2294,4 # of width to height, as the Senographe 2000D has it; anatomy is drawn at one part in 4
 
 class View:
     "One view of woman `s`: its outline in heights of the picture, and a canvas at a quarter of the size"
-    def __init__(self, s, side, view, height=2294):
+    def __init__(self,
+        s,          # From `describe_woman`
+        side,       # 'R' or 'L'
+        view,       # 'CC' or 'MLO'
+        height=2294 # Of the picture, px
+    ):
         self.s,self.side,self.view,self.h,self.w = s,side,view,height,round(height*ASPECT)
         self.rng,self.k = np.random.default_rng([s.seed,s.i,1+VIEWS.index((side,view))]),height/PART # k: canvas pixels of a height
         self.shape = round(self.k),round(self.k*ASPECT)
@@ -50,13 +55,25 @@ class View:
         at = np.r_[0, np.linalg.norm(np.diff(pts,axis=0),axis=1).cumsum()]
         skin = CubicSpline(at, pts)(np.linspace(0, at[-1], 120))
         self.nipple,self.skin = np.array([d,y]),np.r_[[[-.1,skin[0,1]]], skin, [[-.1,skin[-1,1]]]]
-    def fill(self, pts, full=False): # 1 inside, at a quarter of the size or at full size
+    def fill(self,
+        pts,       # Corners of a polygon, (n,2), in heights
+        full=False # At full size?
+    ):             # (h,w), or a quarter of it; 1 inside
+        "The polygon `pts` as a picture with smooth edges"
         k,m = (self.h,np.zeros((self.h,self.w), np.uint8)) if full else (self.k,np.zeros(self.shape, np.uint8))
         return cv2.fillPoly(m, [(np.asarray(pts)*k*16).round().astype(np.int32)], 255, cv2.LINE_AA, 4).astype(np.float32)/255
-    def breast(self, full=False): # the same for skin and nipple
+    def breast(self,
+        full=False # At full size?
+    ):             # (h,w), or a quarter of it; 1 inside
+        "Skin and nipple as a picture"
         t = np.linspace(0, 2*np.pi, 40)
         return np.maximum(self.fill(self.skin, full), self.fill(self.nipple+.014*np.c_[np.cos(t),np.sin(t)], full))
-    def noise(self, base, octaves=4, fall=1.6): # of several sizes: `base` cells on a side, twice as many, ...
+    def noise(self,
+        base,      # Cells on a side of the coarsest layer
+        octaves=4, # Layers, each with twice as many cells
+        fall=1.6   # What each layer is weaker than the one before by
+    ):             # (h/4,w/4)
+        "Noise of several sizes"
         r,(h,w) = self.rng,self.shape
         return sum(cv2.resize(r.standard_normal((base<<o,base<<o), dtype=np.float32), (w,h), interpolation=cv2.INTER_CUBIC)/fall**o for o in range(octaves))/2
 
@@ -121,9 +138,9 @@ def stamp(att, a, at):
     Y,X = slice(max(0,y0),max(0,min(H,y0+h))),slice(max(0,x0),max(0,min(W,x0+w)))
     att[Y,X] += a[Y.start-y0:Y.stop-y0,X.start-x0:X.stop-x0]
 
-# %% ../nbs/13_mammograms.ipynb #8f52ce5d
+# %% ../nbs/13_mammograms.ipynb #867162ad
 def calcifications(v, att, d):
-    "Draw them onto `att`, somewhere at a `d`istance from the skin; their places (n,2), px"
+    "Draw them onto `att`, where the distance `d` from the skin leaves room; their places (n,2), px"
     rng,there = v.rng,np.argwhere(d>.04)
     def spot(): return (there[rng.integers(len(there))][::-1]+rng.random(2))*PART
     dots = [(spot(), rng.uniform(.001,.0028)*v.h) for _ in range(rng.poisson(1.2))]
@@ -161,10 +178,11 @@ def expose_breast(v, att):
     im = (4600*(1-np.exp(-1.5*att.clip(0)))*mask).clip(1,4095)
     return np.where(mask>.02, im, 0).astype(np.uint16)
 
-# %% ../nbs/13_mammograms.ipynb #4ec34b74
+# %% ../nbs/13_mammograms.ipynb #7b416b70
 def mammogram(
     s:SimpleNamespace, # From `describe_woman`
-    side:str, view:str, # 'R' or 'L'; 'CC' or 'MLO'
+    side:str,       # 'R' or 'L'
+    view:str,       # 'CC' or 'MLO'
     height:int=2294 # Of the picture, px
 )->tuple: # uint16 (h,w) of 12 bits; outlines of the masses, each (72,2); places of calcifications (n,2), px
     "Draw one view of woman `s`; the chest wall of a right breast is on the right"
@@ -211,7 +229,7 @@ def mammography_dicom(s, im, side, view, name):
     ds.compress(uid.JPEGLSLossless, generate_instance_uid=False)
     return ds
 
-# %% ../nbs/13_mammograms.ipynb #308ea057
+# %% ../nbs/13_mammograms.ipynb #f52d8cea
 MAMMOGRAMS = 1 # version of the drawing: another one is other data
 
 def make_mammograms(
@@ -231,6 +249,6 @@ def make_mammograms(
     with atomic_path(mark) as p: p.write_text(json.dumps(made)+'\n')
     (folder/'AllXML').mkdir(exist_ok=True)
     todo = [(describe_woman(i,seed),k) for i in range(n) for k in range(4)]
-    with ThreadPoolExecutor(n_workers or os.cpu_count()) as ex: rows = list(ex.map(lambda o: write_view(*o, folder, height), todo))
+    with ThreadPoolExecutor(n_workers or os.cpu_count()) as ex: rows = list(ex.map(lambda o: write_view(o[0], o[1], folder, height), todo))
     with atomic_path(table) as p: pd.DataFrame(rows).to_csv(p, sep=';', index=False)
     return folder

@@ -17,7 +17,7 @@ from .retinanet import conditions
 from .learner import detect
 from .evaluate import box_level, coco_map, image_level, image_scores, lesion_counts, precision_recall
 
-# %% ../nbs/12_metadata.ipynb #026eaa18
+# %% ../nbs/12_metadata.ipynb #d31c3fbf
 class TableRows(nn.Module):
     "How much each row of a table counts, (N,F), for values (N,m) of `fields`, NaN where unknown: for each field the weights sum to 1"
     def __init__(self,
@@ -29,8 +29,13 @@ class TableRows(nn.Module):
         self.fields,self.drop = fields,nn.Dropout(drop)
         for k,default in (('mean',0.),('sd',1.)): self.register_buffer(k, torch.tensor([float(f.get(k,default)) for f in fields]))
         for i,f in enumerate(fields): self.register_buffer(f'at{i}', torch.arange(len(f['values'])) if 'values' in f else torch.arange(-2,3))
-    def places(self): return [getattr(self, f'at{i}') for i in range(len(self.fields))] # where each field has rows: names 0, 1, ..., numbers -2 to 2 sd
-    def names(self): return [f"{f['name']} {o}" for f in self.fields for o in [*(f['values'] if 'values' in f else [f"{f['mean']+k*f['sd']:.0f}" for k in range(-2,3)]), 'unknown']]
+    def places(self):
+        "Where each field has rows: names at 0, 1, ..., numbers at -2 to 2 standard deviations"
+        return [getattr(self, f'at{i}') for i in range(len(self.fields))]
+    def names(self):
+        "What each row stands for, such as 'age 41', 'sex F' or 'view unknown'"
+        def of(f): return f['values'] if 'values' in f else [f"{f['mean']+k*f['sd']:.0f}" for k in range(-2,3)]
+        return [f"{f['name']} {o}" for f in self.fields for o in [*of(f),'unknown']]
     def forward(self, meta):
         known = self.drop(meta.isfinite().float())>0                                         # (N,m)
         z = (torch.where(known, meta, self.mean)-self.mean)/self.sd
@@ -39,29 +44,48 @@ class TableRows(nn.Module):
             res += [(1-(v.clamp(at[0],at[-1])-at).abs()).clamp(min=0)*k, 1-k]                # a hat around each place; the unknown
         return torch.cat(res, 1)                                                             # (N,F)
 
-# %% ../nbs/12_metadata.ipynb #5684b478
+# %% ../nbs/12_metadata.ipynb #dc5f3b7e
 class Condition(nn.Module):
     "Base of the ways to use metadata: `picture` changes what the backbone reads, `on_levels` what the heads read; here neither does"
     def __init__(self,
-        fields:list,  # From `metadata_fields`
+        fields:list,  # From `metadata_fields`: scale and vocabulary of the training part
         width:int,    # Channels of the pyramid
         levels:tuple  # Its levels
     ):
         super().__init__()
         self.rows = TableRows(fields)
-    def read(self, x, meta):
-        "Weights of the rows, (N,F), as numbers of the type of `x`"
+    def read(self,
+        x:Tensor,        # A picture or a map of features, whose N and type the answer takes, (N,...)
+        meta:Tensor|None # Values of the m fields, NaN where unknown, (N,m); None if nothing is known
+    )->Tensor:           # (N,F)
+        "Weights of the rows of the table"
         n,names = x.shape[0],[f['name'] for f in self.rows.fields]
         if meta is None: meta = torch.full((n,len(names)), math.nan, device=x.device)
         if meta.shape!=(n,len(names)): raise ValueError(f"metadata of shape {tuple(meta.shape)} for {n} pictures; this model is told {', '.join(names)}, in this order")
         return self.rows(meta.as_subclass(Tensor).float()).to(x.dtype)
-    def picture(self, x, meta): return x
-    def on_levels(self, levels, meta, shape): return levels
+    def picture(self,
+        x:Tensor,        # Normalised pictures, (N,C,h,w)
+        meta:Tensor|None # As `read` takes them
+    )->Tensor:           # (N,C,H,W), with the picture at the top left
+        "What the backbone reads instead of `x`"
+        return x
+    def on_levels(self,
+        levels:list,      # Maps of the pyramid, each (N,width,r,c)
+        meta:Tensor|None, # As `read` takes them
+        shape:tuple       # Height and width of the pictures before `picture`, px
+    )->list:              # As many maps, of the sizes that the anchors have
+        "What the heads read instead of `levels`"
+        return levels
 
-# %% ../nbs/12_metadata.ipynb #0ea69235
+# %% ../nbs/12_metadata.ipynb #95245c84
 class PadPicture(Condition):
     "Stripes at the right and below, filled with the values"
-    def __init__(self, fields:list, width:int, levels:tuple, border:int=32): # `border`: of all stripes together, px
+    def __init__(self,
+        fields:list,   # From `metadata_fields`: scale and vocabulary of the training part
+        width:int,     # Channels of the pyramid
+        levels:tuple,  # Its levels
+        border:int=32  # Of all stripes together, px
+    ):
         super().__init__(fields, width, levels)
         self.strides,self.border,places = [2**l for l in levels],border,self.rows.places()
         self.shade = nn.Parameter(torch.cat([torch.cat([torch.linspace(-2,2,len(o)), torch.tensor([3.])]) for o in places])) # (F,), as pixels after normalising
@@ -76,13 +100,19 @@ class PadPicture(Condition):
 
 conditions['pad'] = PadPicture
 
-# %% ../nbs/12_metadata.ipynb #fa5c793d
+# %% ../nbs/12_metadata.ipynb #4d15a3b1
 class ConcatMaps(Condition):
     "The values as `n` more channels at every place, and a 1x1 convolution back to `width`"
-    def __init__(self, fields:list, width:int, levels:tuple, n:int=16):
+    def __init__(self,
+        fields:list,  # From `metadata_fields`: scale and vocabulary of the training part
+        width:int,    # Channels of the pyramid
+        levels:tuple, # Its levels
+        n:int=16      # Channels that the values get
+    ):
         super().__init__(fields, width, levels)
         self.table,self.conv = nn.Parameter(torch.randn(len(self.rows.names()), n)),nn.Conv2d(width+n, width, 1)
-        nn.init.dirac_(self.conv.weight); nn.init.zeros_(self.conv.bias)
+        for p in self.conv.parameters(): nn.init.zeros_(p)
+        nn.init.dirac_(self.conv.weight)
         nn.init.normal_(self.conv.weight.data[:,width:], std=.01)
     def on_levels(self, levels, meta, shape):
         e = (self.read(levels[0], meta)@self.table)[...,None,None]                           # (N,n,1,1)
@@ -90,10 +120,14 @@ class ConcatMaps(Condition):
 
 conditions['concat'] = ConcatMaps
 
-# %% ../nbs/12_metadata.ipynb #e8787ef7
+# %% ../nbs/12_metadata.ipynb #bc24d2a1
 class Film(Condition):
     "A factor and an offset for each channel of the levels, chosen by the values"
-    def __init__(self, fields:list, width:int, levels:tuple):
+    def __init__(self,
+        fields:list, # From `metadata_fields`: scale and vocabulary of the training part
+        width:int,   # Channels of the pyramid
+        levels:tuple # Its levels
+    ):
         super().__init__(fields, width, levels)
         self.table = nn.Parameter(torch.zeros(len(self.rows.names()), 2*width))
     def on_levels(self, levels, meta, shape):

@@ -25,7 +25,7 @@ from .retinanet import RetinaNet, set_norm
 from .loss import RetinaLoss
 from .learner import DetectionLearner, detector_adam
 
-# %% ../nbs/13a_patches.ipynb #1ec78a57
+# %% ../nbs/13a_patches.ipynb #d73d871e
 def seen_share(
     boxes:np.ndarray, # Corners, (n,4)
     patch:tuple       # left, top, right, bottom, the same unit
@@ -34,7 +34,11 @@ def seen_share(
     lt,rb = np.maximum(boxes[:,:2], patch[:2]),np.minimum(boxes[:,2:], patch[2:])
     return (rb-lt).clip(0).prod(1)/(boxes[:,2:]-boxes[:,:2]).prod(1)
 
-def is_cut(share): return (share>0)&(share<1-1e-9)
+def is_cut(
+    share:np.ndarray # From `seen_share`, (n,)
+)->np.ndarray:       # Booleans, (n,)
+    "Which lesions does the border of the patch cut: neither in it whole nor outside of it?"
+    return (share>0)&(share<1-1e-9)
 
 # %% ../nbs/13a_patches.ipynb #ca212238
 def place_patch(
@@ -72,16 +76,22 @@ def place_background(
     i,j = rng.choice(np.argwhere(share>=min(least, share.max())))
     return int(x[j]),int(y[i])
 
-# %% ../nbs/13a_patches.ipynb #9eca0921
+# %% ../nbs/13a_patches.ipynb #ecda5162
 def cut_patch(
     im:np.ndarray, # (h,w) or (h,w,3)
-    left:int, top:int, side:int, # px
+    left:int,      # Where the square begins, px
+    top:int,       # Where the square begins, px
+    side:int,      # Of the square, px
     size:int       # Side of the result, px; smaller than `side` scales it down
 )->np.ndarray:     # (size,size) or (size,size,3)
     "A square of `im`, black where it hangs over"
     a = im[top:top+side,left:left+side]
     a = np.pad(a, [(0,side-a.shape[0]),(0,side-a.shape[1])]+[(0,0)]*(im.ndim-2))
     return a if side==size else cv2.resize(a, (size,size), interpolation=cv2.INTER_AREA)
+
+def _foreground(im):
+    "Where `im`, (h,w) or (h,w,3), is not black, (h,w)"
+    return np.asarray(im>0 if im.ndim==2 else im.any(-1))
 
 def _needed(box, size, margin, larger):
     "Side of the patch for the lesion `box`"
@@ -94,31 +104,36 @@ def patches_of(
     im:np.ndarray,    # Picture, (h,w) or (h,w,3)
     boxes:np.ndarray, # Its lesions in px of it, (n,4)
     rng:np.random.Generator, # Draws the places
-    size:int, k:int, m:int, # Side, px; patches of a positive and of a negative picture
-    margin:int=8, least:float=.5, # As in `place_patch`, `place_background`
+    size:int,         # Side of the patches, px
+    k:int,            # Patches of a picture with lesions; at least one for each lesion
+    m:int,            # Patches of a picture without
+    margin:int=8,     # Around the lesion that a patch is for, px
+    least:float=.5,   # Share of a patch without a lesion that must not be black
     larger:str='raise' # 'raise' an error for a lesion larger than a patch, or 'scale' its patch
 )->list:              # (left, top, side) of each, px of the picture
     "Where to cut the patches of one picture"
     if not len(boxes):
-        fg = im>0 if im.ndim==2 else im.any(-1)
-        return [(*place_background(rng, fg, size, least), size) for _ in range(m)]
+        return [(*place_background(rng, _foreground(im), size, least), size) for _ in range(m)]
     res = []
     for i in range(max(k,len(boxes))):
         side = _needed(boxes[i%len(boxes)], size, margin, larger)
         res.append((*place_patch(rng, boxes, i%len(boxes), im.shape[:2], side, margin), side))
     return res
 
-# %% ../nbs/13a_patches.ipynb #844736f9
+# %% ../nbs/13a_patches.ipynb #c6f94fb0
 _PATCHES = 1 # counts on when patches come to be cut in another way
 _DROPPED = ['scale_x','scale_y','offset_x','offset_y','png_size'] # of the whole picture, see `use_pngs`
 
-def need_pictures(images:pd.DataFrame):
+def need_pictures(
+    images:pd.DataFrame # With `image_id`, `path`, `height` and `width`
+):
     "A `ValueError` that names the first of `images` without a file, or without the size that its boxes are measured in"
     if not len(images): raise ValueError("there are no images to look at; is it the right split?")
     for i,p,h,w in images[['image_id','path','height','width']].itertuples(index=False):
         if pd.isna(p): raise ValueError(f"image {i!r} has no path; were the DICOMs converted, and the paths set with `use_pngs`?")
         if not os.path.exists(p): raise ValueError(f"image {i!r}: there is no file {p}; was it moved, or is the path relative to another folder?")
         if pd.isna(h) or pd.isna(w): raise ValueError(f"image {i!r} has no height and width; where are its boxes in the picture?")
+
 def _key(ann, settings):
     "A hash of pictures, boxes and settings"
     def stamp(p): return f'{(st := os.stat(p)).st_size}-{st.st_mtime_ns}'
@@ -202,15 +217,17 @@ def on_parents(
     xy = np.concatenate([boxes[['x1','y1']].to_numpy(float)*scale+at, boxes[['x2','y2']].to_numpy(float)*scale+at], 1)
     return boxes.assign(image_id=p.parent.to_numpy(), **dict(zip(XYXY, xy.T)))
 
-# %% ../nbs/13a_patches.ipynb #fac0576c
+# %% ../nbs/13a_patches.ipynb #0da7f113
 def scale_anchors(
-    anchors:Anchors,
-    k:float # Factor of all sizes
+    anchors:Anchors, # Of the detector at the old scale
+    k:float          # Factor of all sizes
 )->Anchors:
     "`anchors` of other sizes, at the same places and levels"
     return Anchors(tuple(tuple(round(s*k,2) for s in o) for o in anchors.sizes), anchors.ratios, anchors.levels)
 
-def learnt_splitter(m:RetinaNet):
+def learnt_splitter(
+    m:RetinaNet # The detector
+)->L:           # Two groups of parameters
     "Pyramid, heads: what is left to learn when the backbone is not"
     own = {id(p) for p in [*m.backbone.parameters(), *m.fpn.parameters()]}
     return L(list(m.fpn.parameters()), [p for p in m.parameters() if id(p) not in own])

@@ -1,5 +1,5 @@
 "Weights, draws, thresholds and confusion of several classes: against plain loops, on odd input, and in a run from the shell to the report"
-import json, numpy as np, pandas as pd, pytest, re, torch
+import json, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from lungdet.classes import *
 from lungdet.classes import NOTHING

@@ -1,8 +1,8 @@
 "Fusion of tables against the literal one, properties of ensembles, looks"
-import lungdet.metadata, numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from lungdet.anchors import Anchors
-from lungdet.boxes import fuse_boxes, soft_nms
+from lungdet.boxes import fuse_boxes
 from lungdet.core import XYXY
 from lungdet.data import detection_dls
 from lungdet.decode import lesion_prob, postprocess

@@ -1,8 +1,6 @@
 "Synthetic mammograms: reproducible, resumable, and what they claim to be"
-import json, numpy as np, pytest
+import numpy as np, pytest
 from pydicom import dcmread
-from lungdet.core import XYXY
-from lungdet.formats import Annotations
 from lungdet.mammograms import VIEWS, describe_woman, make_mammograms, mammogram
 from lungdet.readers import read_inbreast
 from lungdet.splits import audit_split, split_patients

@@ -8,14 +8,13 @@ from lungdet.checkpoint import Checkpoint
 from lungdet.checks import check_learner
 from lungdet.core import make_studies
 from lungdet.data import *
-from lungdet.ensemble import detect_tta # brings `tta`
 from lungdet.evaluate import coco_map
 from lungdet.formats import Annotations, read_rsna
 from lungdet.learner import *
 from lungdet.metadata import *
 from lungdet.monitor import DetectionScores
 from lungdet.pretrain import classify_first
-from lungdet.retinanet import RetinaNet, conditions
+from lungdet.retinanet import RetinaNet
 from lungdet.single import Backbone
 from lungdet.speed import optimise_for_inference
 from lungdet.splits import split_patients
@@ -172,7 +171,7 @@ def test_verbs_of_fastai(tmp_path, way):
         learn.save('m'); learn.load('m')
 
 def test_a_killed_run_goes_on(tmp_path):
-    from fastai.vision.all import CancelFitException, Callback
+    from fastai.vision.all import Callback
     class Stop(Callback):
         order = 101 # after the checkpoint
         def after_epoch(self):

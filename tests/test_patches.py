@@ -1,5 +1,5 @@
 "Patches: every lesion whole, nothing cut without a word, and a backbone that stands still"
-import cv2, numpy as np, os, pandas as pd, pytest, tempfile, torch
+import cv2, numpy as np, pandas as pd, pytest, tempfile, torch
 from fastai.vision.all import set_seed
 from hypothesis import given, settings, strategies as st
 from pathlib import Path

@@ -4,7 +4,7 @@ from fastai.vision.all import set_seed
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn, tensor
 from lungdet.anchors import Anchors
-from lungdet.boxes import area, clip_boxes, iou
+from lungdet.boxes import clip_boxes, iou
 from lungdet.core import XYXY
 from lungdet.data import detection_dls
 from lungdet.formats import Annotations
