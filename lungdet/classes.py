@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NOTHING', 'class_alpha', 'class_draws', 'tune_classes', 'cross_tune', 'class_confusion', 'plot_confusion']
 
-# %% ../nbs/13c_classes.ipynb #4271e695
+# %% ../nbs/13c_classes.ipynb #b1487c85
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from numbers import Real
-from .core import MUTED, PRED, TRUTH
+from .core import PRED
 from .formats import Annotations
 from .splits import deal
 from .data import repeat_factors
@@ -80,7 +80,7 @@ def cross_tune(
         out.append(level_scores(on(here), tune_classes(rest, on(rest))[0].by_class))
     return pd.concat(out).sort_index().set_axis(preds.index)
 
-# %% ../nbs/13c_classes.ipynb #37c58e5c
+# %% ../nbs/13c_classes.ipynb #f93bdc56
 NOTHING = 'nothing'
 
 def class_confusion(
@@ -92,7 +92,7 @@ def class_confusion(
     "What name the lesions of each class were given by the most confident box on them"
     if NOTHING in ann.classes: raise ValueError(f"a class is called {NOTHING!r}, which stands for no lesion or no box here")
     preds = check_predictions(ann, preds)
-    if isinstance(threshold, dict): preds,threshold = level_scores(preds, OperatingPoint(.5, by_class=threshold).by_class),.5
+    if isinstance(threshold, dict): preds,threshold = level_scores(preds, OperatingPoint(.5, by_class=threshold).by_class or {}),.5
     check_threshold(threshold)
     preds = preds[preds.score>=threshold]
     a = Annotations(ann.images, ann.boxes.assign(label='any'), ['any'])
