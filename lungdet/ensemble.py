@@ -157,7 +157,7 @@ def tta_sizes(
     if np.ndim(scales)!=1 or not len(scales) or not all(.25<=s<=4 for s in scales): raise ValueError(f"scales={scales}: they are factors, such as .875 or 1.125, between .25 and 4")
     return [*dict.fromkeys(size if s==1 else max(32, 32*round(size*s/32)) for s in scales)]
 
-# %% ../nbs/14_ensemble.ipynb #daccbe7d
+# %% ../nbs/14_ensemble.ipynb #59576b6f
 def detect_tta(
     learn:DetectionLearner, # A detector
     ann:Annotations|None=None, # As for `detect`
@@ -175,6 +175,9 @@ def detect_tta(
     return fuse_predictions([detect(learn, ann, flip=f, size=s, **kwargs) for s in sizes for f in ((False,True) if flip else (False,))], how, thr=thr, **fusing)
 
 @patch
-def tta(self:DetectionLearner, ann=None, **kwargs):
+def tta(self:DetectionLearner,
+    ann:Annotations|None=None, # As for `detect`
+    **kwargs                   # For `detect_tta`
+)->pd.DataFrame:               # As `detect`
     "What `detect_tta` gives"
     return detect_tta(self, ann, **kwargs)
