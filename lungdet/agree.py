@@ -101,7 +101,7 @@ def reread(
     rows = [(o.mean(), 1-missed[~o].sum()/total, 100*missed[o].sum()/max(1,o.sum())) for o in again.values()]
     return pd.DataFrame(rows, columns=['pictures','sensitivity','lesions'], index=again)
 
-# %% ../nbs/14a_agree.ipynb #c65a1487
+# %% ../nbs/14a_agree.ipynb #21040f3b
 def finding_curve(
     errors,  # Of each item: how many, (n,)
     priority # The highest is looked at first, (n,)
@@ -115,7 +115,10 @@ def finding_curve(
     errors,n = (np.r_[0,d[k].cumsum()] for k in ('errors','n'))
     return pd.DataFrame(dict(looked=ratio(n, n[-1]), found=ratio(errors, errors[-1])))
 
-def found_early(errors, priority)->float: # (n,), (n,) as above; 1/2 is no order, about 1 the best
+def found_early(
+    errors,  # Of each item: how many, (n,)
+    priority # The highest is looked at first, (n,)
+)->float:    # 1/2 is no order, about 1 the best; NaN without errors
     "Area under `finding_curve`"
     c = finding_curve(errors, priority)
     return float(np.trapezoid(c.found, c.looked))
