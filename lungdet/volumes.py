@@ -17,14 +17,14 @@ from .dicom import _to8
 from .convert import encode_png
 from .formats import Annotations
 
-# %% ../nbs/15_volumes.ipynb #b2c4dd45
+# %% ../nbs/15_volumes.ipynb #03673a1f
 @dataclass
 class Volume:
     "A scan: its values, and where they lie in the patient"
     array:np.ndarray  # Values, (slices,h,w): Hounsfield units for CT, of no unit for MR
     affine:np.ndarray # (4,4): column, row and slice of a voxel's centre, and 1, to mm in the patient (LPS)
     name:str='scan'   # Of the series, unique among those that are used together
-    patient_id:str|None=None
+    patient_id:str|None=None # Whose scan; None if not known
     missing:tuple=()  # Slices that are not there; they are filled with the lowest value
     def __post_init__(self):
         self.array,self.affine = np.asarray(self.array),np.asarray(self.affine, dtype=float)
@@ -33,17 +33,27 @@ class Volume:
         if not set(self.missing)<=set(range(len(self.array))): raise ValueError(f"{self.name}: missing={self.missing}, but its slices are 0 to {len(self.array)-1}")
 
     @property
-    def spacing(self): return np.linalg.norm(self.affine[:3,:3], axis=0) # (3,): between columns, rows and slices, mm
+    def spacing(self):
+        "Steps between columns, rows and slices, mm, (3,)"
+        return np.linalg.norm(self.affine[:3,:3], axis=0)
     @property
-    def voxel(self): return abs(np.linalg.det(self.affine[:3,:3])) # mm3 of one; less than the product of `spacing` on a skew grid
+    def voxel(self):
+        "Volume of a voxel, mm3; less than the product of `spacing` on a skew grid"
+        return abs(np.linalg.det(self.affine[:3,:3]))
     @property
-    def size(self): return self.spacing*self.array.shape[::-1] # (3,): along columns, rows and slices, mm
+    def size(self):
+        "Along columns, rows and slices, mm, (3,)"
+        return self.spacing*self.array.shape[::-1]
 
-    def in_patient(self, p): # (n,3) -> (n,3)
-        "Points `p` of the grid, mm from its corner, as mm in the patient"
+    def in_patient(self,
+        p:np.ndarray # Points of the grid, mm from its corner, (n,3)
+    )->np.ndarray:   # The same points, mm in the patient, (n,3)
+        "Where the points `p` of the grid are in the patient"
         return (np.asarray(p)/self.spacing-.5)@self.affine[:3,:3].T+self.affine[:3,3]
 
-    def in_grid(self, p): # (n,3) -> (n,3)
+    def in_grid(self,
+        p:np.ndarray # Points in the patient, mm, (n,3)
+    )->np.ndarray:   # The same points, mm from the corner of the grid, (n,3)
         "The inverse of `in_patient`"
         return (np.linalg.solve(self.affine[:3,:3], (np.asarray(p)-self.affine[:3,3]).T).T+.5)*self.spacing
 
@@ -76,9 +86,7 @@ def head(rng, grid, spacing):
     for at,v in ((.84,.12), (.88,.06), (.95,.62), (1.,0.)): a = np.where(r>at, v, a) # fluid, skull, scalp, air
     return a, r
 
-# %% ../nbs/15_volumes.ipynb #48634d5f
-LESION = ['x1','y1','z1','x2','y2','z2'] # corners of a box in mm of the grid
-
+# %% ../nbs/15_volumes.ipynb #772edafb
 def _places(rng, grid, r, n, radii):
     "`n` ellipsoids inside of the brain and of the scan that do not touch: centre and radii, (n,6)"
     inside,res,ends = np.argwhere(r<.68),[],np.array([[g.min(),g.max()] for g in grid]).T
@@ -89,6 +97,18 @@ def _places(rng, grid, r, n, radii):
         if (c-s>ends[0]).all() and (c+s<ends[1]).all() and all(np.linalg.norm(c-o[:3])>max(s)+max(o[3:])+4 for o in res): res.append(np.r_[c,s])
     if len(res)<n: raise ValueError(f"only {len(res)} of {n} lesions or flashes found a place in a scan of {' x '.join(f'{g.size} voxels' for g in grid)}, {' x '.join(f'{o:.0f}' for o in np.diff(ends, axis=0)[0])} mm; ask for fewer, or a larger shape")
     return np.array(res).reshape(-1,6)
+
+# %% ../nbs/15_volumes.ipynb #ab257a52
+def _askew(rng, spacing, size):
+    "The affine of a grid of `spacing` and `size`, mm, around the origin of the scanner and a little turned"
+    turned = np.linalg.qr(np.eye(3)+np.cross(np.eye(3), rng.normal(0, .06, 3)))[0]
+    turned *= np.sign(np.diag(turned))
+    affine = np.eye(4)
+    affine[:3,:3],affine[:3,3] = turned*spacing,turned@(-size/2+spacing/2)
+    return affine
+
+# %% ../nbs/15_volumes.ipynb #b1b43fb8
+LESION = ['x1','y1','z1','x2','y2','z2'] # corners of a box in mm of the grid
 
 def make_volume(
     seed:int=0,      # Whose head
@@ -114,17 +134,15 @@ def make_volume(
         a[k] += (bright+.05*grain[k]-a[k])/(1+np.exp((radius([g[0] for g in grid[:2]], o[:2], o[3:5])-.97)*14))
     a = gaussian_filter(a, (0,.6,.6))*(1+.08*rough(rng, shape, spacing, 60))
     a = np.hypot(a+.025*rng.standard_normal(shape), .025*rng.standard_normal(shape)) # the noise of an MR image is never negative
-    t = rng.normal(0, .06, 3)                                        # nobody lies quite straight
-    turned = np.linalg.qr(np.eye(3)+np.cross(np.eye(3), t))[0]; turned *= np.sign(np.diag(turned))
-    corner = -np.array(spacing)*np.array(shape[::-1])/2
-    affine = np.eye(4); affine[:3,:3] = turned*spacing; affine[:3,3] = turned@(corner+spacing/2)
-    table = pd.DataFrame(found-np.r_[corner+(0,0,12),0,0,0], columns=['x','y','z','rx','ry','rz'])
+    size = spacing*shape[::-1]
+    affine = _askew(rng, spacing, size)
+    table = pd.DataFrame(found-np.r_[(0,0,12)-size/2,0,0,0], columns=['x','y','z','rx','ry','rz'])
     for o in 'xyz': table[f'{o}1'],table[f'{o}2'] = table[o]-table[f'r{o}'],table[o]+table[f'r{o}']
     return Volume((a*1000).astype(np.int16), affine, f'head{seed:02d}', f'P{seed:03d}'), mask, table
 
-# %% ../nbs/15_volumes.ipynb #eb9c5789
+# %% ../nbs/15_volumes.ipynb #79412393
 def gray_slices(
-    vol:Volume,
+    vol:Volume,    # The scan
     window:tuple|None=None # Centre and width, such as (40,80) HU for a brain in CT; percentiles of the whole volume if None
 )->np.ndarray: # uint8 (slices,h,w)
     "`vol` as a screen shows it, all slices by one window"
@@ -140,13 +158,14 @@ def gray_slices(
 def _thin(ax):
     for p in ax.patches: p.set_linewidth(p.get_linewidth()/1.5)
 
-# %% ../nbs/15_volumes.ipynb #8224fecc
+# %% ../nbs/15_volumes.ipynb #fbb22bb8
 def show_planes(
-    vol:Volume,
+    vol:Volume, # The scan
     at=None,    # The point that the planes go through, mm of the grid (x,y,z); the middle if None
     truth=None, # Table of lesions with the columns `LESION`
     found=None, # The same, of detections; their `score` is written beside them if they have one
-    window=None, figsize=(9,3.3) # As in `gray_slices`; inches
+    window=None,       # As in `gray_slices`
+    figsize=(9,3.3)    # Inches
 ):              # Axes (3,)
     "Three planes of `vol` through a point, in millimetres, with the boxes that they cut"
     at,a,d = vol.size/2 if at is None else np.asarray(at, dtype=float),gray_slices(vol, window),vol.affine[:3,:3]/vol.spacing
@@ -166,20 +185,29 @@ def show_planes(
         if d[2,v]>.7: ax.invert_yaxis()                              # the head is up
     return axs
 
-# %% ../nbs/15_volumes.ipynb #73211d97
-def lesion_mask(mask:np.ndarray)->np.ndarray: # Numbers from 1 (slices,h,w)
+# %% ../nbs/15_volumes.ipynb #328da733
+def lesion_mask(
+    mask:np.ndarray # Not 0 where a lesion is, (slices,h,w)
+)->np.ndarray:      # Numbers from 1, 0 for none, (slices,h,w)
     "A mask of zeros and ones with a number for each connected lesion; voxels that share a corner are connected"
     return components(np.asarray(mask)>0, np.ones((3,3,3)))[0]
 
-def mask_boxes(mask:np.ndarray)->pd.DataFrame: # `slice`, corners in px, `lesion`
+def mask_boxes(
+    mask:np.ndarray # The number of the lesion that each voxel is of, 0 for none, (slices,h,w)
+)->pd.DataFrame:    # `slice`, corners in px, `lesion`
     "One box for each lesion on each slice of a numbered `mask` (slices,h,w)"
     mask = np.asarray(mask)
     if mask.dtype.kind not in 'iu' or mask.ndim!=3: raise ValueError(f"a mask of {mask.dtype} and shape {mask.shape}; whole numbers (slices,h,w) are wanted, 1 for the first lesion; lesion_mask gives them")
     rows = [(k,s[1].start,s[0].start,s[1].stop,s[0].stop,i+1) for k,m in enumerate(mask) for i,s in enumerate(find_objects(m)) if s]
     return pd.DataFrame(rows, columns=['slice',*XYXY,'lesion'])
 
-# %% ../nbs/15_volumes.ipynb #c67fbdba
-def slice_id(vol:Volume, k:int)->str: return f'{vol.name}_{k:03d}'
+# %% ../nbs/15_volumes.ipynb #db413d92
+def slice_id(
+    vol:Volume, # The scan
+    k:int       # Number of the slice, from 0
+)->str:
+    "The id of the image that slice `k` of `vol` becomes"
+    return f'{vol.name}_{k:03d}'
 
 def _rows(vol, folder, window):
     "Writes the slices of `vol` and yields their rows of the images table"
@@ -210,13 +238,15 @@ def slices_of(
     images = pd.DataFrame([r for v in vols for r in _rows(v, folder, window)])
     return Annotations(images, pd.concat([b for b in boxes if len(b)] or boxes, ignore_index=True).assign(label=label), [label])
 
-# %% ../nbs/15_volumes.ipynb #053dfe6f
+# %% ../nbs/15_volumes.ipynb #40ebbce0
 def show_strip(
-    vol:Volume,
+    vol:Volume, # The scan
     ks:list,    # Numbers of the slices to show
     truth=None, # Table of boxes with `image_id` and corners in px
     found=None, # The same, of detections; beside them stands their `lesion` if they have one, else their `score`
-    window=None, ncols=6, **kwargs # As in `gray_slices`; for `show_grid`
+    window=None, # As in `gray_slices`
+    ncols=6,    # Slices in a row
+    **kwargs    # For `show_grid`
 ):              # Axes, one per slice
     "Slices `ks` of `vol` with boxes"
     a,ks = gray_slices(vol, window),[int(k) for k in ks]
