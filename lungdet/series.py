@@ -18,16 +18,16 @@ from .dicom import DicomError, read_dicom, _decode, _first, _padding, _parse, _s
 from .convert import sources
 from .volumes import Volume
 
-# %% ../nbs/15a_series.ipynb #103925f1
+# %% ../nbs/15a_series.ipynb #0611b817
 def write_series(
     vol:Volume, # Of whole numbers
     folder:str|Path, # Made if need be
     seed:int=0, # Of the file names
-    **header    # Other elements of the header, such as `SeriesDescription`
+    **kwargs    # Other elements of the header, such as `SeriesDescription`
 )->Path:        # `folder`
     "Write `vol` as a DICOM series, one file per slice, under names in no order"
     if vol.array.dtype.kind not in 'iu' or vol.array.min()<-2**15 or vol.array.max()>=2**15: raise ValueError(f"{vol.name} has values of {vol.array.dtype} that do not fit into 16 bits")
-    folder,uid,names = Path(folder),generate_uid(entropy_srcs=[vol.name, str(header)]),np.random.default_rng(seed).permutation(len(vol.array))
+    folder,uid,names = Path(folder),generate_uid(entropy_srcs=[vol.name, str(kwargs)]),np.random.default_rng(seed).permutation(len(vol.array))
     folder.mkdir(parents=True, exist_ok=True)
     def number(v): return DSfloat(float(v), auto_format=True)
     for k,a in enumerate(vol.array):
@@ -39,7 +39,7 @@ def write_series(
         ds.ImagePositionPatient = [number(o) for o in (vol.affine@[0,0,k,1])[:3]]
         ds.PixelSpacing,ds.SliceThickness = [number(o) for o in vol.spacing[1::-1]],number(vol.spacing[2]) # the vertical spacing first
         ds.SpacingBetweenSlices = ds.SliceThickness
-        for o,v in header.items(): setattr(ds, o, v)
+        for o,v in kwargs.items(): setattr(ds, o, v)
         with atomic_path(folder/f'IM{names[k]:04d}.dcm') as p: ds.save_as(p, enforce_file_format=True)
     return folder
 
@@ -185,11 +185,11 @@ def read_series(
             missing = tuple(sorted({*missing,int(i)}))
     return Volume(_compact(array), affine, name or df.series[0], df.patient[0] or None, missing)
 
-# %% ../nbs/15a_series.ipynb #4dd6c393
+# %% ../nbs/15a_series.ipynb #ab046e7b
 _SIDES = {'L':(0,1), 'R':(0,-1), 'P':(1,1), 'A':(1,-1), 'S':(2,1), 'I':(2,-1)} # axis of the patient, direction
 
 def reorient(
-    vol:Volume,
+    vol:Volume,  # A scan of any orientation
     to:str='SPL' # Sides that slices, rows and columns shall count to: one of L R, one of P A, one of S I, in any order
 )->Volume:
     "`vol` with its axes permuted and mirrored to come closest to the sides `to`"
@@ -204,7 +204,7 @@ def reorient(
     missing = tuple(sorted(n[2]-1-k if axes[2][1] else k for k in vol.missing))
     return Volume(np.ascontiguousarray(array), vol.affine@m, vol.name, vol.patient_id, missing)
 
-# %% ../nbs/15a_series.ipynb #21110bf0
+# %% ../nbs/15a_series.ipynb #2a463f82
 def _nibabel():
     try: import nibabel
     except ImportError as e: raise ImportError("NIfTI files need the extra [volumes]: pip install 'lungdet[volumes]'") from e
@@ -212,7 +212,10 @@ def _nibabel():
 
 _LPS = np.diag([-1,-1,1,1]) # of DICOM, to right, anterior, superior of NIfTI and back
 
-def write_nifti(vol:Volume, path:str|Path)->Path: # `path`, *.nii or *.nii.gz
+def write_nifti(
+    vol:Volume,    # The scan
+    path:str|Path  # File to write, *.nii or *.nii.gz
+)->Path:           # `path`
     "Write `vol` to the NIfTI file `path`"
     img = _nibabel().Nifti1Image(vol.array.transpose(2,1,0), _LPS@vol.affine)
     img.header.set_xyzt_units('mm')
@@ -220,6 +223,7 @@ def write_nifti(vol:Volume, path:str|Path)->Path: # `path`, *.nii or *.nii.gz
         p.write_bytes(gzip.compress(img.to_bytes()) if str(path).endswith('.gz') else img.to_bytes())
     return Path(path)
 
+# %% ../nbs/15a_series.ipynb #5f85024a
 def _one_of(img, name, frame):
     "The volume number `frame` of `img`, or a `ValueError` that says why it is none"
     if not (img.header['sform_code'] or img.header['qform_code']): raise ValueError(f"{name} has no orientation (sform and qform are 0), so its left and right are not known")
