@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PLACE', 'POOLS', 'link_slices', 'placed', 'link_boxes', 'lesion_table', 'iou3', 'match_lesions', 'as_scans']
 
-# %% ../nbs/15b_linking.ipynb #f49f4d57
+# %% ../nbs/15b_linking.ipynb #c3a7f841
 import numpy as np, pandas as pd
 from scipy.optimize import linear_sum_assignment
 from .core import XYXY
 from .formats import Annotations, complain
 from .evaluate import pair_iou
-from .volumes import LESION, Volume
+from .volumes import LESION
 
 # %% ../nbs/15b_linking.ipynb #0600e6d3
 def link_slices(
@@ -33,7 +33,7 @@ def link_slices(
             else: last[res[i]] = i
     return res
 
-# %% ../nbs/15b_linking.ipynb #f8105a5a
+# %% ../nbs/15b_linking.ipynb #1482c6ef
 PLACE = ['series','slice','spacing_x','spacing_y','spacing_z','voxel'] # what `slices_of` knows of a slice
 
 def _need(df, cols, what, hint):
@@ -43,7 +43,10 @@ def _need(df, cols, what, hint):
 def _overlap(iou):
     if not 0<=iou<=1: raise ValueError(f"iou={iou}, but an overlap is a share from 0 to 1")
 
-def placed(boxes:pd.DataFrame, images:pd.DataFrame)->pd.DataFrame:
+def placed(
+    boxes:pd.DataFrame, # Boxes on slices: `image_id`, corners in px, `label`
+    images:pd.DataFrame # The slices, as `slices_of` gives them
+)->pd.DataFrame:        # `boxes` with where their slice lies
     "`boxes` with the columns `PLACE` of their `images`"
     _need(images, ['image_id',*PLACE], 'images', "are they slices of a volume, from slices_of?")
     _need(boxes, ['image_id',*XYXY,'label'], 'boxes', "are they the table of detect, or of Annotations?")
@@ -98,8 +101,11 @@ def lesion_table(
     cols = ['series','lesion','label',*(['score'] if 'score' in b else []),'slices','first','last',*LESION,'ml']
     return pd.DataFrame([_measure(g, pool) for _,g in b.groupby(['series','lesion'])], columns=cols)
 
-# %% ../nbs/15b_linking.ipynb #d6ff203f
-def iou3(a:np.ndarray, b:np.ndarray)->np.ndarray: # (n,6), (m,6) -> (n,m)
+# %% ../nbs/15b_linking.ipynb #dbe8b028
+def iou3(
+    a:np.ndarray, # Corners, mm, (n,6)
+    b:np.ndarray  # Corners, mm, (m,6)
+)->np.ndarray:    # Overlap of each pair, (n,m)
     "Intersection over union of boxes `a` and `b` in three dimensions, corners as in `LESION`"
     a,b = a[:,None],b[None]
     inter = (np.minimum(a[...,3:],b[...,3:])-np.maximum(a[...,:3],b[...,:3])).clip(0).prod(-1)
