@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# an index with PyTorch's CPU builds, if 2.5 GB of GPU packages are to be left out
+TORCH_INDEX ?=
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated
 ifdef LUNGDET_DATA
 # notebooks run in nbs/; `override`, since it may come from the command line
@@ -21,6 +23,7 @@ env: $(READY) ## Make .venv with everything the course needs (again only when co
 $(READY): constraints.txt pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights,codecs,track,volumes,export,dicom-out,demo,docs]'
 	touch $@
 

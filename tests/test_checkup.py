@@ -57,6 +57,7 @@ def test_room_of_a_container():
     assert free is None or 0<=free<1e5
 
 def test_extras_are_those_of_the_package():
-    import tomllib
+    try: import tomllib
+    except ImportError: import tomli as tomllib
     p = tomllib.loads((Path(__file__).parent.parent/'pyproject.toml').read_text())['project']['optional-dependencies']
     assert set(ch.EXTRAS)==set(p)-{'dev'}
