@@ -13,13 +13,17 @@ from sklearn.model_selection import StratifiedGroupKFold
 from .core import atomic_path
 from .formats import Annotations
 
-# %% ../nbs/04b_splits.ipynb #8844b90a
-def patients(images:pd.DataFrame)->pd.Series: # One name for each image
+# %% ../nbs/04b_splits.ipynb #9ad37d6d
+def patients(
+    images:pd.DataFrame # One row per image, with `patient_id`
+)->pd.Series:           # One name for each image
     "The person on each of `images`; one without a `patient_id` is somebody of its own"
     return images.patient_id.str.strip().replace('', pd.NA).fillna('image '+images.image_id)
 
-# %% ../nbs/04b_splits.ipynb #1e387156
-def two_sides(ann:Annotations)->list: # Patients, sorted
+# %% ../nbs/04b_splits.ipynb #c1544930
+def two_sides(
+    ann:Annotations # With a `split` on its images
+)->list:            # Patients, sorted
     "The patients of `ann` who are in more than one part"
     n = ann.images.split.groupby(patients(ann.images)).nunique()
     return sorted(n.index[n>1])
@@ -38,11 +42,11 @@ def audit_split(
     by = ims.assign(patient=patients(ims), box=ims.image_id.isin(ann.boxes.image_id)).groupby('split')
     return pd.DataFrame(dict(images=by.size(), patients=by.patient.nunique(), boxed=by.box.sum()))
 
-# %% ../nbs/04b_splits.ipynb #fc139156
+# %% ../nbs/04b_splits.ipynb #7793402e
 def strata(
-    ann:Annotations,
-    least:int=5 # Images that a stratum needs, or it is joined with others
-)->pd.Series:   # One name for each image
+    ann:Annotations, # Images and boxes; `view` and `category` are used where they are known
+    least:int=5      # Images that a stratum needs, or it is joined with others
+)->pd.Series:        # One name for each image
     "What to deal evenly: label and view of every image, as far as the counts allow"
     ims,b = ann.images,ann.boxes.drop_duplicates(['image_id','label'])
     b = b.assign(n=b.label.map(b.label.value_counts())).sort_values(['n','label']).drop_duplicates('image_id')
@@ -51,12 +55,12 @@ def strata(
     for coarser in (label, 'rest'): res = res.where(res.map(res.value_counts())>=least, coarser)
     return res
 
-# %% ../nbs/04b_splits.ipynb #86472771
+# %% ../nbs/04b_splits.ipynb #4ba950b7
 def deal(
-    ann:Annotations,
-    k:int,      # How many hands
-    seed:int=42 # Which ones
-)->pd.Series:   # 0 to `k`-1 for each image
+    ann:Annotations, # Images with a `patient_id`
+    k:int,           # How many hands
+    seed:int=42      # Which ones
+)->pd.Series:        # 0 to `k`-1 for each image
     "Deal the patients of `ann` to `k` hands, stratified by label and view"
     ims = ann.images.assign(who=patients(ann.images), stratum=strata(ann, k)).sort_values('image_id')
     if len(ims)<2: raise ValueError(f"{len(ims)} images cannot be split; is the data set empty?")
@@ -70,12 +74,12 @@ def deal(
         for i,(_,held) in enumerate(folds): hand.iloc[held] = i
     return hand.sort_index()
 
-# %% ../nbs/04b_splits.ipynb #73a4701d
+# %% ../nbs/04b_splits.ipynb #1ae95112
 def kfold_patients(
-    ann:Annotations,
-    k:int=5,    # How many folds
-    seed:int=42 # Which ones
-)->list:        # `k` times `ann` with `split`; every image is in 'valid' once
+    ann:Annotations, # Images with a `patient_id`
+    k:int=5,         # How many folds
+    seed:int=42      # Which ones
+)->list:             # `k` times `ann` with `split`; every image is in 'valid' once
     "Deal patients to `k` folds of validation, stratified by label and view"
     hand = deal(ann, k, seed)
     return [Annotations(ann.images.assign(split=hand.eq(i).map({True:'valid',False:'train'})), ann.boxes, ann.classes) for i in range(k)]
@@ -109,18 +113,24 @@ def split_patients(
     part = dict(zip(size.index, ['valid']*v+['test']*t+['train']*(k-v-t)))
     return Annotations(ann.images.assign(split=hand.map(part)), ann.boxes, ann.classes)
 
-# %% ../nbs/04b_splits.ipynb #b89c9d10
+# %% ../nbs/04b_splits.ipynb #4b9acaca
 def _seal(parts): return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-def save_split(ann:Annotations, path:str|Path)->Path:
+def save_split(
+    ann:Annotations, # With a `split` on its images
+    path:str|Path    # JSON file to write
+)->Path:             # The file
     "Write the image ids of each part of `ann` to the JSON file `path`, once `audit_split` has nothing against it"
     audit_split(ann)
     parts = {k:sorted(v) for k,v in sorted(ann.images.groupby('split').image_id)}
     with atomic_path(path) as p: p.write_text(json.dumps(dict(sha256=_seal(parts), parts=parts), indent=1)+'\n')
     return Path(path)
 
-# %% ../nbs/04b_splits.ipynb #b6bd9f10
-def load_split(ann:Annotations, path:str|Path)->Annotations:
+# %% ../nbs/04b_splits.ipynb #2a427fb6
+def load_split(
+    ann:Annotations, # Images with a `patient_id`, the same as when the split was saved
+    path:str|Path    # What `save_split` wrote
+)->Annotations:      # The same with `split` on every image
     "`ann` with the parts that `save_split` wrote to `path`, or a `ValueError` if they were changed, do not fit or leak"
     try:
         o = json.loads(Path(path).read_text())

@@ -1,5 +1,5 @@
 "Nobody sits on two sides, strata are dealt evenly, and a split on file cannot change unseen"
-import json, shutil, numpy as np, pandas as pd, pytest
+import json, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from lungdet.core import make_studies
 from lungdet.formats import Annotations, box_cols, read_rsna
