@@ -17,12 +17,13 @@ from .convert import SUFFIXES
 from .formats import Annotations
 from .splits import patients, two_sides
 
-# %% ../nbs/04c_doctor.ipynb #f3e0b8ee
+# %% ../nbs/04c_doctor.ipynb #511becab
 def box_findings(
-    ann:Annotations,
-    small:float=.01, large:float=.9, # Shares of the image below and above which a box is suspect
-    twin:float=.9 # IoU above which two boxes of an image are one
-)->dict: # Image ids by finding, one for each box; for boxes drawn twice, one for each pair
+    ann:Annotations, # Images with `height` and `width`, and their boxes
+    small:float=.01, # Share of the image below which a box is tiny
+    large:float=.9,  # Share of the image above which a box is huge
+    twin:float=.9    # IoU above which two boxes of an image are one
+)->dict:             # Image ids by finding, one for each box; for boxes drawn twice, one for each pair
     "Boxes of `ann` that are outside, tiny, huge or there twice"
     size = ann.images.set_index('image_id')[['width','height']].astype(float).loc[ann.boxes.image_id].to_numpy() # (n,2)
     (x1,y1,x2,y2),(w,h),ids = ann.boxes[XYXY].to_numpy(float).T,size.T,ann.boxes.image_id
@@ -33,10 +34,12 @@ def box_findings(
     return {'box outside its image': [*ids[(x1<0)|(y1<0)|(x2>w)|(y2>h)]], 'tiny box': [*ids[share<small]],
             'huge box': [*ids[share>large]], 'box drawn twice': twice}
 
-# %% ../nbs/04c_doctor.ipynb #29204fc5
+# %% ../nbs/04c_doctor.ipynb #8b68fcf9
 _PICTURES = '.png','.jpg','.jpeg'
 
-def file_findings(ann:Annotations)->dict: # Image ids, and names of files
+def file_findings(
+    ann:Annotations # Images with a `path`
+)->dict:            # Image ids, and names of files, by finding
     "Images of `ann` without a file, and files beside theirs without an image"
     paths = {i:Path(p).resolve() for i,p in zip(ann.images.image_id, ann.images.path) if isinstance(p,str)}
     folders = sorted({p.parent for p in paths.values() if p.parent.is_dir()})
@@ -45,8 +48,10 @@ def file_findings(ann:Annotations)->dict: # Image ids, and names of files
     return {'image without a file': [i for i in ann.images.image_id if i not in paths or not paths[i].is_file()],
             'file without an image': [f.name for f in there if f not in known]}
 
-# %% ../nbs/04c_doctor.ipynb #07f23f07
-def pixel_hash(path:str|Path)->str: # 64 hexadecimal digits
+# %% ../nbs/04c_doctor.ipynb #fd0a0fa0
+def pixel_hash(
+    path:str|Path # PNG, JPEG or DICOM
+)->str:           # 64 hexadecimal digits
     "A hash of the picture at `path` as it is decoded, whatever its format and header"
     if Path(path).suffix.lower() in _PICTURES:
         im = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
@@ -55,11 +60,11 @@ def pixel_hash(path:str|Path)->str: # 64 hexadecimal digits
     else: im = to_gray(read_dicom(path))
     return hashlib.sha256(f'{im.dtype} {im.shape} '.encode()+im.tobytes()).hexdigest()
 
-# %% ../nbs/04c_doctor.ipynb #e1bc2320
+# %% ../nbs/04c_doctor.ipynb #fae554a5
 def pixel_findings(
-    ann:Annotations,
+    ann:Annotations,   # Images with a `path`, and a `split` if they have one
     progress:bool=True # Show a bar?
-)->dict: # Image ids by finding; those of one picture joined by '='
+)->dict:               # Image ids by finding; those of one picture joined by '='
     "Pictures of `ann` that are there twice, those that are so in different parts, and those that cannot be decoded"
     todo = [(i,p) for i,p in zip(ann.images.image_id, ann.images.path) if isinstance(p,str) and Path(p).is_file()]
     seen,bad = {},[]
@@ -72,8 +77,10 @@ def pixel_findings(
     return {'same pixels in two parts': [' = '.join(v) for v in same if part[v].nunique()>1],
             'same pixels': [' = '.join(v) for v in same], 'picture cannot be read': bad}
 
-# %% ../nbs/04c_doctor.ipynb #76d6a0e0
-def lost_ages(images:pd.DataFrame)->dict: # What the header says, by image id
+# %% ../nbs/04c_doctor.ipynb #fc69d499
+def lost_ages(
+    images:pd.DataFrame # One row per image, with `age` and `path`
+)->dict:                # What the header says, by image id
     "Ages that are NA in `images` since nobody is as old as the DICOM header says"
     res = {}
     for i,p in images[images.age.isna()&images.path.notna()][['image_id','path']].itertuples(index=False):
@@ -83,11 +90,11 @@ def lost_ages(images:pd.DataFrame)->dict: # What the header says, by image id
         if s.rstrip('YMWD').isdecimal() and np.isnan(parse_age(s)): res[i] = s
     return res
 
-# %% ../nbs/04c_doctor.ipynb #7356b7fd
+# %% ../nbs/04c_doctor.ipynb #b1963505
 def people_findings(
-    ann:Annotations,
+    ann:Annotations, # Images with `patient_id` and `age`, and a `split` if they have one
     oldest:float=100 # Years above which an age is looked at
-)->dict: # Patients, or image ids, by finding
+)->dict:             # Patients, or image ids, by finding
     "Patients of `ann` in two parts, images of nobody in particular, ages that cannot be"
     ims = ann.images
     nobody = patients(ims).eq('image '+ims.image_id)|ims.patient_id.eq(ims.image_id).fillna(False)
@@ -95,16 +102,18 @@ def people_findings(
             'no patient': [*ims.image_id[nobody]], 'age implausible': [*ims.image_id[(ims.age>oldest)|(ims.age<0)]],
             'age implausible, made NA': [f"{i} ('{s}')" for i,s in lost_ages(ims).items()], 'age unknown': [*ims.image_id[ims.age.isna()]]}
 
-# %% ../nbs/04c_doctor.ipynb #0d3383b0
-def class_shares(ann:Annotations)->pd.Series: # By class, in the order of `ann.classes`
+# %% ../nbs/04c_doctor.ipynb #f017a3d5
+def class_shares(
+    ann:Annotations # Images, with boxes or without, and their boxes
+)->pd.Series:       # By class, in the order of `ann.classes`, 0 to 1
     "Share of the images of `ann` that have a box of each class"
     return ann.boxes.drop_duplicates(['image_id','label']).label.value_counts().reindex(ann.classes, fill_value=0)/max(1,len(ann))
 
 def class_findings(
-    ann:Annotations,
-    least:int=10,   # Boxes that a class should have
-    rare:float=.05  # Share of the images that a class should be on
-)->dict: # Classes with their numbers, or image ids, by finding
+    ann:Annotations, # Images and boxes
+    least:int=10,    # Boxes that a class should have
+    rare:float=.05   # Share of the images that a class should be on
+)->dict:             # Classes with their numbers, or image ids, by finding
     "Classes of `ann` with too little to learn from, images of another size than most"
     n,share,ims = ann.boxes.label.value_counts(),class_shares(ann),ann.images
     size = ims.height.astype('string')+' x '+ims.width.astype('string')
@@ -137,13 +146,13 @@ ADVICE = { # By finding, the gravest first
     'class imbalance': "stratify the split, look at its score alone",
     'all images have a box': "add negatives: most images in practice have none"}
 
-# %% ../nbs/04c_doctor.ipynb #a3da0933
+# %% ../nbs/04c_doctor.ipynb #179aada5
 def doctor(
-    ann:Annotations,
-    pixels:bool=True, # Decode every picture, to find copies and damage?
+    ann:Annotations,    # Images and boxes, as a reader gives them; with a `split`, its leaks are looked for too
+    pixels:bool=True,   # Decode every picture, to find copies and damage?
     progress:bool=True, # Show a bar meanwhile?
-    **kw # Limits, passed to `box_findings`
-)->pd.DataFrame: # `finding`, `n`, `examples`, `what to do`; no row if there is nothing
+    **kw                # Limits, passed to `box_findings`
+)->pd.DataFrame:        # `finding`, `n`, `examples`, `what to do`; no row if there is nothing
     "Examine `ann`, print what is found, and return it as a table"
     found = people_findings(ann)|file_findings(ann)|box_findings(ann, **kw)|class_findings(ann)
     if pixels: found |= pixel_findings(ann, progress)
