@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['load_picture', 'PictureCache']
 
-# %% ../nbs/04e_pictures.ipynb #a0401e5d
+# %% ../nbs/04e_pictures.ipynb #730d11e6
 import cv2, hashlib, json, numpy as np, os, shutil
 from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from pathlib import Path
 from .core import atomic_path
-from .dicom import read_dicom, to_gray, enhance, resize
+from .dicom import read_dicom, to_gray, enhance, resize, Enhance
 
-# %% ../nbs/04e_pictures.ipynb #e2d1b140
+# %% ../nbs/04e_pictures.ipynb #738c5c46
 def load_picture(
     path:str|Path|np.ndarray, # PNG, JPEG or DICOM; or the picture itself, uint8 (h,w) or (h,w,3)
-    size:int|None=None, # Side of the square to stretch it to; as it is if None
-    mode='repeat' # As in `enhance`
-)->np.ndarray: # Picture, uint8, (size,size) or (size,size,3)
+    size:int|None=None,       # Side of the square to stretch it to, px; as it is if None
+    mode:str|Enhance='repeat' # Channels, as in `enhance`
+)->np.ndarray:                # Picture, uint8, (size,size) or (size,size,3)
     "Read a picture, resize it and give it the channels of `mode`; one in colours, such as a stack, keeps them"
     if isinstance(path, np.ndarray): im,name = path,'the array'
     elif not (name := Path(path)).exists(): raise ValueError(f"there is no file {path}")
@@ -55,7 +56,7 @@ def _write(file, paths, read, n_workers, progress, step=256):
         free,need = shutil.disk_usage(file.parent).free,len(paths)*int(np.prod(shape or 0))
         raise OSError(e.errno, f"{file.parent} cannot hold the pictures: {e.strerror}; {len(paths)} of them need {need/1e9:.1f} GB, {free/1e9:.1f} GB are free") from e
 
-# %% ../nbs/04e_pictures.ipynb #28d16892
+# %% ../nbs/04e_pictures.ipynb #21606806
 _FORMAT = 1 # counts on when pictures come to be made in another way
 
 def _stamp(path):
@@ -64,15 +65,25 @@ def _stamp(path):
     except (OSError,TypeError) as e: raise ValueError(f"there is no file {path}") from e
     return f'{st.st_size}-{st.st_mtime_ns}'
 
+def _seal(file, stamps):
+    "What stands beside the array `file` once it is whole: a hash of its sources' `stamps`, and its length in bytes"
+    return dict(seal=hashlib.sha256(json.dumps(stamps).encode()).hexdigest(), bytes=file.stat().st_size)
+
+def _fresh(file, stamps):
+    "Is the array `file` there, whole, and of the sources as `stamps` has them?"
+    try: return json.loads(file.with_suffix('.json').read_text())==_seal(file, stamps)
+    except (OSError,ValueError): return False
+
+# %% ../nbs/04e_pictures.ipynb #8e391215
 class PictureCache:
     "Pictures of files, decoded and resized once, as a memory-mapped array `a`: uint8 (n,size,size,c)"
     def __init__(self,
-        paths,      # Files, as `load_picture` reads them
-        folder,     # Where to keep the array
-        size:int,   # Side of the square pictures, px
-        mode='gray', # As in `enhance`
+        paths:Iterable,          # Files, as `load_picture` reads them; one that is named twice is kept once
+        folder:str|Path,         # Where to keep the array
+        size:int,                # Side of the square pictures, px
+        mode:str|Enhance='gray', # Channels, as in `enhance`
         n_workers:int|None=None, # Threads that decode; one for each core if None
-        progress:bool=False # Show a progress bar?
+        progress:bool=False      # Show a progress bar?
     ):
         self.size,self.mode = size,mode
         self.stamps = {p:_stamp(p) for p in sorted({str(p) for p in paths})} # in one order, so that every split finds the same file
@@ -82,14 +93,8 @@ class PictureCache:
         self.file = Path(folder)/f'{size}px_{key}.npy'
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_suffix('.lock')): # two that want the same: one makes it
-            if not self._fresh(): self._build(n_workers, progress)
+            if not _fresh(self.file, self.stamps): self._build(n_workers, progress)
         self._a = None
-
-    def _seal(self): return hashlib.sha256(json.dumps(self.stamps).encode()).hexdigest()
-    def _fresh(self):
-        "Is the array there, whole, and of the sources as they are now?"
-        try: return json.loads(self.file.with_suffix('.json').read_text())==dict(seal=self._seal(), bytes=self.file.stat().st_size)
-        except (OSError,ValueError): return False
 
     def _read(self, p):
         "The picture at `p`, (size,size,c), or the error"
@@ -99,10 +104,11 @@ class PictureCache:
     def _build(self, n_workers, progress):
         for o in self.file.parent.glob(f'.{self.file.name}.*.tmp'): o.unlink() # of one that was killed
         _write(self.file, [*self.row], self._read, n_workers, progress)
-        with atomic_path(self.file.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(dict(seal=self._seal(), bytes=self.file.stat().st_size)))
+        with atomic_path(self.file.with_suffix('.json')) as tmp: tmp.write_text(json.dumps(_seal(self.file, self.stamps)))
 
     @property
     def a(self):
+        "All pictures, uint8 (n,size,size,c), mapped from the file"
         if self._a is None: self._a = np.load(self.file, mmap_mode='r')
         return self._a
 
