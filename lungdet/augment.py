@@ -16,15 +16,15 @@ from .boxes import area, clip_boxes
 # %% ../nbs/04d_augment.ipynb #1488b8a6
 PAD = -1 # The label of a row that holds no box
 
-# %% ../nbs/04d_augment.ipynb #a4caf986
+# %% ../nbs/04d_augment.ipynb #f1e221bf
 def draw_affine(
-    n:int,            # How many
-    flip:float=0.,    # Probability of a mirror image
-    rotate:float=0.,  # Largest angle, degrees
+    n:int,              # How many
+    flip:float=0.,      # Probability of a mirror image
+    rotate:float=0.,    # Largest angle, degrees
     zoom:tuple=(1.,1.), # Smallest and largest scale; above 1 is nearer, which crops
-    shift:float=0.,   # Largest shift, share of the side
-    p:float=1.        # Probability that an image is turned, zoomed and shifted at all; `flip` has its own
-)->Tensor:            # (n,2,3)
+    shift:float=0.,     # Largest shift, share of the side
+    p:float=1.          # Probability that an image is turned, zoomed and shifted at all; `flip` has its own
+)->Tensor:              # (n,2,3)
     "Random matrices that take points of a picture, -1 to 1 across it, to their place in the new one"
     u = torch.rand(6, n)
     on = (u[0]<p).float()
@@ -72,13 +72,13 @@ def warp_boxes(
     new = torch.einsum('nij,nmpj->nmpi', m[:,:,:2], side_points(boxes*2/size-1))+m[:,None,None,:,2] # (N,M,8,2)
     return (torch.cat([new.amin(2), new.amax(2)], -1)+1)*size/2                               # (N,M,4)
 
-# %% ../nbs/04d_augment.ipynb #9e89df6e
+# %% ../nbs/04d_augment.ipynb #469c7d56
 def in_view(
     boxes:Tensor,  # Corners in pixels, (N,M,4), which may lie outside
     labels:Tensor, # (N,M)
     size:int,      # Side of the picture, px
     keep:float=.2, # Least share of the area that must be left, 0 to 1
-    hidden=0.      # Share of each box that is in the picture but behind something, (N,M)
+    hidden:float|Tensor=0. # Share of each box that is in the picture but behind something, (N,M)
 )->tuple:          # Boxes (N,M,4) and labels (N,M); those that are gone have the label `PAD`
     "Clip `boxes` to the picture, and let go of those with less than `keep` of their area in view"
     cut = clip_boxes(boxes, (size,size))
@@ -100,18 +100,27 @@ def relight(
     rest = (1-c)*x.mean((1,2,3), keepdim=True)+_each(brightness, x)
     return x.mul_(c).add_(rest).clamp_(0, 1)
 
-# %% ../nbs/04d_augment.ipynb #569913f0
-def blur(x:Tensor, sigma:Tensor)->Tensor:
-    "Blur each of the pictures `x` (N,C,h,w) by a Gaussian of its `sigma` (N,), px"
+# %% ../nbs/04d_augment.ipynb #c5ad98fd
+def blur(
+    x:Tensor,    # Pictures (N,C,h,w)
+    sigma:Tensor # Width of the Gaussian of each, px, (N,)
+)->Tensor:       # (N,C,h,w)
+    "Blur each of the pictures `x` by its `sigma`"
     most = (min(x.shape[-2:])-1)//2                                                           # what a picture can be mirrored by at its edge
     return torch.stack([gaussian_blur(o, 2*min(math.ceil(2*s), most)+1, s) if s>.1 else o for o,s in zip(x, sigma.tolist())])
 
-def noise(x:Tensor, sd:Tensor)->Tensor:
-    "Add noise of standard deviation `sd` (N,) to the pictures `x` (N,C,h,w) from 0 to 1"
+def noise(
+    x:Tensor, # Pictures (N,C,h,w) from 0 to 1
+    sd:Tensor # Standard deviation for each, share of white, (N,)
+)->Tensor:    # (N,C,h,w) from 0 to 1
+    "Add noise to each of the pictures `x`"
     return (x+torch.randn_like(x)*_each(sd, x)).clamp_(0, 1)
 
-def punch(x:Tensor, holes:Tensor)->Tensor:
-    "Blacken the corners-boxes `holes` (N,4), px, in the pictures `x` (N,C,h,w)"
+def punch(
+    x:Tensor,    # Pictures (N,C,h,w)
+    holes:Tensor # Corners in pixels, one for each picture, (N,4)
+)->Tensor:       # (N,C,h,w)
+    "Blacken the `holes` in the pictures `x`"
     x = x.clone()
     for o,(x1,y1,x2,y2) in zip(x, holes.round().int().tolist()): o[:,y1:y2,x1:x2] = 0
     return x
@@ -126,7 +135,7 @@ def covered(
     over = (torch.minimum(boxes[...,2:], h[...,2:])-torch.maximum(boxes[...,:2], h[...,:2])).clamp(min=0).prod(-1)
     return over/area(boxes).clamp(min=1e-6)
 
-# %% ../nbs/04d_augment.ipynb #781a9431
+# %% ../nbs/04d_augment.ipynb #41b5b9c5
 def _pack(boxes, labels):
     "Real rows first, and no more rows than the busiest picture needs"
     order = (labels==PAD).long().argsort(stable=True, dim=1)                                      # (N,M)
@@ -134,10 +143,12 @@ def _pack(boxes, labels):
     return boxes.gather(1, order[...,None].expand_as(boxes))[:,:most],labels.gather(1, order)[:,:most]
 
 def mixup(
-    x:Tensor, boxes:Tensor, labels:Tensor, # Pictures (N,C,h,w), boxes (N,M,4), labels (N,M)
-    on:Tensor,      # Which pictures get a partner, bool (N,)
-    alpha:float=8.  # Weights come from Beta(alpha,alpha); large means half and half
-)->tuple:           # Pictures, boxes (N,M',4), labels (N,M')
+    x:Tensor,      # Pictures (N,C,h,w)
+    boxes:Tensor,  # Corners in pixels, (N,M,4)
+    labels:Tensor, # `PAD` where there is no box, (N,M)
+    on:Tensor,     # Which pictures get a partner, bool (N,)
+    alpha:float=8. # Weights come from Beta(alpha,alpha); large means half and half
+)->tuple:          # Pictures, boxes (N,M',4), labels (N,M')
     "Lay another picture of the batch over each that is `on`, with its boxes"
     if len(x)<2: return x,boxes,labels # nobody to mix with
     k = (torch.arange(len(x))+torch.randint(1, len(x), ()))%len(x) # never itself
@@ -145,11 +156,13 @@ def mixup(
     more = torch.where(on.to(labels)[:,None]>0, labels[k], PAD)
     return (_each(w, x)*x+_each(1-w, x)*x[k], *_pack(torch.cat([boxes,boxes[k]], 1), torch.cat([labels,more], 1)))
 
-# %% ../nbs/04d_augment.ipynb #3e3ec722
+# %% ../nbs/04d_augment.ipynb #282f1b41
 def mosaic(
-    x:Tensor, boxes:Tensor, labels:Tensor, # Pictures (N,C,size,size) with an even side, boxes (N,M,4), labels (N,M)
-    on:Tensor       # Which pictures become part of a mosaic, bool (N,)
-)->tuple:           # Pictures, boxes (N,M',4), labels (N,M')
+    x:Tensor,      # Pictures (N,C,size,size) with an even side
+    boxes:Tensor,  # Corners in pixels, (N,M,4)
+    labels:Tensor, # `PAD` where there is no box, (N,M)
+    on:Tensor      # Which pictures become part of a mosaic, bool (N,)
+)->tuple:          # Pictures, boxes (N,M',4), labels (N,M')
     "Replace each picture that is `on` by a 2 x 2 mosaic of it and three others of the batch, if it has four, with all their boxes"
     s = x.shape[-1]
     if s%2 or x.shape[-2]!=s: raise ValueError(f"pictures of {x.shape[-2]} x {s} px: a mosaic needs squares with an even side")
@@ -165,25 +178,46 @@ def mosaic(
     l = torch.cat([torch.where(on[:,None]|(i==0), labels[k] if i else labels, PAD) for i,k in enumerate(parts)], 1)
     return (torch.where(on[:,None,None,None], four, x), *_pack(b, l))
 
-# %% ../nbs/04d_augment.ipynb #f06af911
+# %% ../nbs/04d_augment.ipynb #cd283e94
+def _draw(n, most, p, low=-1.):
+    "For each of `n` pictures a number between `low*most` and `most`, or 0 with a probability of 1-`p`"
+    return (low+(1-low)*torch.rand(n))*most*(torch.rand(n)<p)
+
+# %% ../nbs/04d_augment.ipynb #ff854480
+def _light(x, o):
+    "Relight, blur and add noise to the pictures `x` within the limits of `o`"
+    n = len(x)
+    if o.brightness or o.contrast or o.gamma:
+        x = relight(x, _draw(n, o.brightness, o.p), 1+_draw(n, o.contrast, o.p), (1+o.gamma)**_draw(n, 1., o.p))
+    if o.blur: x = blur(x, _draw(n, o.blur, o.p, 0.))
+    return noise(x, _draw(n, o.noise, o.p, 0.)) if o.noise else x
+
+def _hole(x, boxes, o):
+    "Punch one hole into each of the pictures `x`, within the limits of `o`; with the share of each box that it hides"
+    s = x.shape[-1]
+    side,at = _draw(len(x), o.cutout, o.p, 0.)*s,torch.rand(len(x), 2)*s
+    holes = torch.cat([at-side[:,None]/2, at+side[:,None]/2], 1).clamp(0, s).round()          # (n,4)
+    return punch(x, holes),covered(boxes, holes)
+
+# %% ../nbs/04d_augment.ipynb #41830c51
 class Augment(ItemTransform):
     "Change a batch of pictures (N,C,size,size) from 0 to 1, boxes (N,M,4) in pixels, labels (N,M) at random, on whatever device it is"
     order,split_idx = 20,0
     def __init__(self,
-        flip:float=.5,      # Probability of a mirror image
-        rotate:float=8.,    # Largest angle, degrees
+        flip:float=.5,        # Probability of a mirror image
+        rotate:float=8.,      # Largest angle, degrees
         zoom:tuple=(.9,1.15), # Smallest and largest scale
-        shift:float=.05,    # Largest shift, share of the side
-        brightness:float=.1, # Largest change, share of white
-        contrast:float=.2,  # Largest change, share
-        gamma:float=.2,     # Exponents from 1/(1+gamma) to 1+gamma
-        blur:float=0.,      # Largest sigma, px
-        noise:float=0.,     # Largest standard deviation, share of white
-        cutout:float=0.,    # Largest side of a black hole, share of the side
-        mixup:float=0.,     # Probability that another picture is laid over one
-        mosaic:float=0.,    # Probability that a picture becomes a part of four
-        p:float=.75,        # Probability that a picture is turned, zoomed and shifted, and for each change of light, blur, noise and hole
-        keep:float=.2       # Boxes with less of their area in view are let go, 0 to 1
+        shift:float=.05,      # Largest shift, share of the side
+        brightness:float=.1,  # Largest change, share of white
+        contrast:float=.2,    # Largest change, share
+        gamma:float=.2,       # Exponents from 1/(1+gamma) to 1+gamma
+        blur:float=0.,        # Largest sigma, px
+        noise:float=0.,       # Largest standard deviation, share of white
+        cutout:float=0.,      # Largest side of a black hole, share of the side
+        mixup:float=0.,       # Probability that another picture is laid over one
+        mosaic:float=0.,      # Probability that a picture becomes a part of four
+        p:float=.75,          # Probability that a picture is turned, zoomed and shifted, and for each change of light, blur, noise and hole
+        keep:float=.2         # Boxes with less of their area in view are let go, 0 to 1
     ):
         probs,sizes = dict(flip=flip, mixup=mixup, mosaic=mosaic, p=p, keep=keep),dict(rotate=rotate, shift=shift, brightness=brightness,
                                                                                         contrast=contrast, gamma=gamma, blur=blur, noise=noise, cutout=cutout)
@@ -193,27 +227,9 @@ class Augment(ItemTransform):
         self.zoom = tuple(zoom)
         for k,v in (probs|sizes).items(): setattr(self, k, v)
 
-    def _draw(self, n, most, low=-1.):
-        "For each of `n` pictures a number between `low*most` and `most`, or 0"
-        return (low+(1-low)*torch.rand(n))*most*(torch.rand(n)<self.p)
-
     def _move(self, x, boxes):
         m = draw_affine(len(x), self.flip, self.rotate, self.zoom, self.shift, self.p)
         return warp(x, m),warp_boxes(boxes, m, x.shape[-1])
-
-    def _light(self, x):
-        n = len(x)
-        if self.brightness or self.contrast or self.gamma:
-            x = relight(x, self._draw(n, self.brightness), 1+self._draw(n, self.contrast), (1+self.gamma)**self._draw(n, 1.))
-        if self.blur: x = blur(x, self._draw(n, self.blur, 0.))
-        return noise(x, self._draw(n, self.noise, 0.)) if self.noise else x
-
-    def _hole(self, x, boxes):
-        "Punch one hole into each picture; with the share of each box that it hides"
-        s = x.shape[-1]
-        side,at = self._draw(len(x), self.cutout, 0.)*s,torch.rand(len(x), 2)*s
-        holes = torch.cat([at-side[:,None]/2, at+side[:,None]/2], 1).clamp(0, s).round()      # (N,4)
-        return punch(x, holes),covered(boxes, holes)
 
     def encodes(self, b):
         if len(b)<3 or not len(b[0]): return b
@@ -221,7 +237,7 @@ class Augment(ItemTransform):
         if self.mosaic: x,boxes,labels = mosaic(x, boxes, labels, torch.rand(len(x))<self.mosaic)
         if self.mixup: x,boxes,labels = mixup(x, boxes, labels, torch.rand(len(x))<self.mixup)
         if self.flip or self.rotate or self.shift or self.zoom!=(1,1): x,boxes = self._move(x, boxes)
-        x,hidden = self._light(x),0.
-        if self.cutout: x,hidden = self._hole(x, boxes)
+        x,hidden = _light(x, self),0.
+        if self.cutout: x,hidden = _hole(x, boxes, self)
         boxes,labels = in_view(boxes, labels, x.shape[-1], self.keep, hidden)
         return TensorImage(x),TensorBase(boxes),TensorBase(labels),*(TensorBase(o) for o in rest)

@@ -4,7 +4,7 @@ from fastai.vision.all import set_seed
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from lungdet.augment import *
-from lungdet.boxes import area, iou
+from lungdet.boxes import iou
 
 SIZE = 256
 OFF = dict(flip=0, rotate=0, zoom=(1,1), shift=0, brightness=0, contrast=0, gamma=0)
