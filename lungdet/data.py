@@ -7,8 +7,10 @@ __all__ = ['LoadImage', 'picture_fit', 'LoadBoxes', 'LoadLabels', 'LoadCategory'
            'Repeat', 'Normalise', 'PastMetadata', 'DetectionDL', 'DetectionDataLoaders', 'DetectionDatasets',
            'repeat_factors', 'detection_dls', 'largest_box', 'single_box_dls']
 
-# %% ../nbs/05_data.ipynb #2053899b
+# %% ../nbs/05_data.ipynb #86a80ba8
 import numpy as np, pandas as pd, torch
+from pathlib import Path
+from fastcore.basics import patch
 from fastai.vision.all import (Datasets, DataLoaders, TfmdDL, Transform, ItemTransform, TensorImage, TensorBase, Normalize, IntToFloatTensor, imagenet_stats, default_device)
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
 from .dicom import Fit, read_dicom, header_fields
@@ -17,14 +19,14 @@ from .formats import Annotations
 from .augment import Augment, PAD
 from .pictures import load_picture, PictureCache
 
-# %% ../nbs/05_data.ipynb #b30100a5
+# %% ../nbs/05_data.ipynb #2455a398
 class LoadImage(Transform):
     "The picture of a row, uint8 (channels,size,size)"
     def __init__(self,
-        size:int, # Side of the square picture in pixels
-        mode='repeat', # Channels, as in `enhance`; a gray picture that is to be repeated comes as one
+        size:int,                     # Side of the square picture, px
+        mode='repeat',                # Channels, as in `enhance`; a gray picture that is to be repeated comes as one
         cache:PictureCache|None=None, # Pictures that are decoded already
-        letterboxed:bool=False # Refuse pictures that would be stretched?
+        letterboxed:bool=False        # Refuse pictures that would be stretched?
     ): self.size,self.mode,self.cache,self.letterboxed = size,'gray' if mode=='repeat' else mode,cache,letterboxed
     def encodes(self, o):
         p = o['path']
@@ -42,10 +44,13 @@ def picture_fit(
     k = shape[0]/row['png_size'] # letterboxed by `convert_folder`, and resized since
     return Fit(*(row[o]*k for o in ('scale_x','scale_y','offset_x','offset_y')))
 
-# %% ../nbs/05_data.ipynb #e22b8900
+# %% ../nbs/05_data.ipynb #bace4b2e
 class LoadBoxes(Transform):
     "The boxes of a row in pixels of its picture, (n,4)"
-    def __init__(self, ann, size):
+    def __init__(self,
+        ann:Annotations, # Images with `height` and `width`, and their boxes
+        size:int         # Side of the square picture, px
+    ):
         boxes = {k:torch.tensor(v[XYXY].to_numpy(np.float32)) for k,v in ann.boxes.groupby('image_id')}
         lost = ann.images[ann.images.height.isna()|ann.images.width.isna()].image_id
         if bad := sorted(set(lost)&set(boxes)): raise ValueError(f"{len(bad)} images with boxes have no height and width, such as {bad[0]!r}; where are their boxes in the picture?")
@@ -57,18 +62,23 @@ def _known(by, o):
     if o['image_id'] not in by: raise ValueError(f"image {o['image_id']!r} is not among the annotated ones; to predict on it, ask without labels")
     return by[o['image_id']]
 
-# %% ../nbs/05_data.ipynb #255356e8
+# %% ../nbs/05_data.ipynb #8774a829
 class LoadLabels(Transform):
     "The classes of a row as numbers, (n,)"
-    def __init__(self, ann):
+    def __init__(self,
+        ann:Annotations # Images, boxes and the names of the classes
+    ):
         labels = {k:torch.tensor([ann.classes.index(o) for o in v]) for k,v in ann.boxes.groupby('image_id').label}
         self.by = {i:labels.get(i, torch.empty(0, dtype=torch.int64)) for i in ann.images.image_id}
     def encodes(self, o): return TensorBase(_known(self.by, o))
 
-# %% ../nbs/05_data.ipynb #d11dcff6
+# %% ../nbs/05_data.ipynb #7599c708
 class LoadCategory(Transform):
     "Which of `categories` the image of a row is, (); `PAD` if none of them"
-    def __init__(self, ann, categories):
+    def __init__(self,
+        ann:Annotations, # Images with `category`
+        categories:list  # Those to ask for, the one with boxes last
+    ):
         if len(categories)<2: raise ValueError(f"categories={categories}: at least two are needed, and the one with boxes is the last")
         known = set(ann.images.category.dropna())
         if bad := [o for o in categories if o not in known]: raise ValueError(f"no image is of category {bad[0]!r}; there are {sorted(known)[:5]}")
@@ -77,11 +87,11 @@ class LoadCategory(Transform):
         if odd: raise ValueError(f"image {odd[0]!r} has boxes and is {categories[self.by[odd[0]]]!r}; put the category with boxes last")
     def encodes(self, o): return TensorBase(torch.tensor(_known(self.by, o)))
 
-# %% ../nbs/05_data.ipynb #83798f56
+# %% ../nbs/05_data.ipynb #a90a3049
 def metadata_fields(
     images:pd.DataFrame, # Those of the training part
-    columns:list # Names of columns; or what an earlier call gave, which stays as it is
-)->list: # For each a dict: `name`, and `mean` and `sd` of numbers, or the `values` of names
+    columns:list         # Names of columns; or what an earlier call gave, which stays as it is
+)->list:                 # For each a dict: `name`, and `mean` and `sd` of numbers, or the `values` of names
     "Scale and vocabulary of `columns`, from what is known of them"
     res = []
     for c in [columns] if isinstance(columns, str) else columns:
@@ -95,10 +105,12 @@ def metadata_fields(
         res.append(dict(name=c, mean=float(v.mean()), sd=float(v.std(ddof=0)) or 1.) if v.dtype==float else dict(name=c, values=sorted(v.astype(str).unique())))
     return res
 
-# %% ../nbs/05_data.ipynb #23915b8a
+# %% ../nbs/05_data.ipynb #08383e20
 class LoadMetadata(Transform):
     "What a row says of `fields`, (m,): a number, the place of a name in `values`, or NaN if unknown; of a row without any of them, the header of its DICOM"
-    def __init__(self, fields): self.fields = fields
+    def __init__(self,
+        fields:list # As `metadata_fields` gives them
+    ): self.fields = fields
     def encodes(self, o):
         said = o if any(pd.notna(o.get(f['name'])) for f in self.fields) else _header(o['path'])
         said = {**said, **o.get('instead', {})} # what `what_if` of chapter 12 wants to be said, whatever is true
@@ -115,11 +127,11 @@ def _header(path):
     "Fields of the header at `path`, none if it is no DICOM"
     return header_fields(read_dicom(path)) if not isinstance(path, np.ndarray) and _is_dicom(path, lambda: _start(path)) else {}
 
-# %% ../nbs/05_data.ipynb #2b65c5f6
+# %% ../nbs/05_data.ipynb #56944ac9
 class PadBoxes:
     "Fill boxes and labels of a batch up to `n` rows"
     def __init__(self,
-        n:int, # Rows that every image gets; at least one
+        n:int,      # Rows that every image gets; at least one
         n_inp:int=1 # What stands before the boxes: the picture, and maybe its metadata
     ): self.n,self.n_inp = max(1,n),n_inp
     def __call__(self, samples):
@@ -128,7 +140,7 @@ class PadBoxes:
     def _pad(self, b, l, *rest):
         return TensorBase(torch.cat([b, b.new_zeros(self.n-len(b),4)])),TensorBase(torch.cat([l, l.new_full((self.n-len(l),),PAD)])),*rest
 
-# %% ../nbs/05_data.ipynb #6d7c0e1c
+# %% ../nbs/05_data.ipynb #191ce73b
 class Repeat(Transform):
     "A batch of one-channel pictures (N,1,h,w) as three equal channels, (N,3,h,w)"
     order = 30
@@ -141,14 +153,22 @@ class Normalise(Normalize):
 class PastMetadata(ItemTransform):
     "`aug` for batches with metadata (N,m) in second place, which stays as it is: a turned patient is as old as before"
     order,split_idx = Augment.order,Augment.split_idx
-    def __init__(self, aug): self.aug = aug
+    def __init__(self,
+        aug:Augment # For pictures, boxes and labels
+    ): self.aug = aug
     def encodes(self, b):
         if len(b)<4: return b
         x,meta,*y = b
         x,*y = self.aug.encodes((x,*y))
         return x,meta,*y
 
-# %% ../nbs/05_data.ipynb #f461996d
+def _batch_tfms(channels, mode, aug, stats, fields):
+    "The steps of a batch of pictures of `channels`, in their order"
+    if len(stats[0]) not in (1,channels): raise ValueError(f"stats of {len(stats[0])} channels for pictures of {channels}")
+    augs = [PastMetadata(aug) if fields else aug] if aug else []
+    return [IntToFloatTensor(), *augs, *([] if mode=='gray' else [Repeat()]), Normalise.from_stats(*stats, cuda=False)]
+
+# %% ../nbs/05_data.ipynb #a19c72be
 class DetectionDL(TfmdDL):
     "A fastai DataLoader whose batches are pictures (N,C,h,w), maybe metadata (N,m), boxes (N,M,4) in pixels, labels (N,M), and maybe categories (N,)"
     weights,classes,metadata = None,(),() # how often each item is drawn; the names of the labels; from `metadata_fields`
@@ -160,17 +180,16 @@ class DetectionDL(TfmdDL):
         res.classes,res.metadata,res.weights = self.classes,self.metadata,self.weights if dataset is None or dataset is self.dataset else None
         return res
 
-    def names(self, labels):
-        "Names of `labels` (n,)"
+    def names(self,
+        labels:torch.Tensor # Numbers of classes, (n,)
+    )->list:                # What they are called
+        "Names of `labels`"
         return [self.classes[i] if i<len(self.classes) else str(i) for i in labels.int().tolist()]
 
-    def captions(self, meta):
-        "What `meta` (N,m) says of each picture"
-        def say(f, v): return '' if np.isnan(v) else f['values'][int(v)] if 'values' in f else f"{f['name']} {v:.3g}"
-        return [', '.join(filter(None, map(say, self.metadata, o))) or 'nothing known' for o in meta.tolist()]
-
-    def pictures(self, x):
-        "Arrays (h,w) or (h,w,3) from 0 to 1 of a batch `x`"
+    def pictures(self,
+        x:torch.Tensor # As the model gets them, (N,C,h,w)
+    )->list:           # Arrays (h,w) or (h,w,3) from 0 to 1
+        "The pictures of a batch `x`, as they were before the normalisation"
         for t in self.after_batch.fs[::-1]:
             if isinstance(t, Normalize): x = t.decode(x)
         return [(o[...,0] if o.shape[-1]==1 else o).clip(0,1) for o in x.as_subclass(torch.Tensor).detach().float().cpu().permute(0,2,3,1).numpy()]
@@ -179,28 +198,40 @@ class DetectionDL(TfmdDL):
         "One tuple per picture: the picture from 0 to 1, then what else is in the batch `b`, as it is; `Learner.predict` asks for it"
         return [(im, *(o[i] for o in b[1:])) for i,im in enumerate(self.pictures(b[0][:max_n]))]
 
-    def show_batch(self, b=None, max_n=9, ncols=3, nrows=None, unique=False, **kw):
-        "Pictures of a batch with their boxes; the same picture again and again if `unique`"
-        if b is None:
-            once = self.get_idxs
-            if unique: self.get_idxs = lambda: [next(iter(once()))]*self.bs
-            try: b = self.one_batch()
-            finally: self.__dict__.pop('get_idxs', None)
-        n,y = nrows*ncols if nrows else max_n,b[self.n_inp:]
-        if self.metadata: kw = dict(titles=self.captions(b[1][:n]))|kw
-        axs = show_grid(self.pictures(b[0][:n]), ncols=ncols, **kw)
-        for ax,o,l in zip(axs, *(y[:2] or ([],[]))):
-            o,l = o[l!=PAD],l[l!=PAD]
-            show_boxes(None, o, labels=self.names(l) if len(self.classes)>1 else None, ax=ax, color=TRUTH)
-        return axs
+# %% ../nbs/05_data.ipynb #e268da73
+@patch
+def captions(
+    self:DetectionDL,
+    meta:torch.Tensor # Metadata of a batch, (N,m)
+)->list:              # A line for each picture
+    "What `meta` says, in words"
+    def say(f, v): return '' if np.isnan(v) else f['values'][int(v)] if 'values' in f else f"{f['name']} {v:.3g}"
+    return [', '.join(filter(None, map(say, self.metadata, o))) or 'nothing known' for o in meta.tolist()]
 
-    def show_results(self, b, out, max_n=9, ncols=3, score_thr=.3, **kw):
-        "The same with those detections of `out` (N,D,6), corners, score and label, that score at least `score_thr`"
-        axs = self.show_batch(b, max_n, ncols, **kw)
-        for ax,o in zip(axs, out.cpu()):
-            o = o[(o[:,5]!=PAD)&(o[:,4]>=score_thr)]
-            show_boxes(None, o[:,:4], scores=o[:,4], labels=self.names(o[:,5]) if len(self.classes)>1 else None, ax=ax, color=PRED)
-        return axs
+@patch
+def show_batch(self:DetectionDL, b=None, max_n=9, ncols=3, nrows=None, unique=False, **kw):
+    "Pictures of a batch with their boxes; the same picture again and again if `unique`"
+    if b is None:
+        once = self.get_idxs
+        if unique: self.get_idxs = lambda: [next(iter(once()))]*self.bs
+        try: b = self.one_batch()
+        finally: self.__dict__.pop('get_idxs', None)
+    n,y = nrows*ncols if nrows else max_n,b[self.n_inp:]
+    if self.metadata: kw = dict(titles=self.captions(b[1][:n]))|kw
+    axs = show_grid(self.pictures(b[0][:n]), ncols=ncols, **kw)
+    for ax,o,l in zip(axs, *(y[:2] or ([],[]))):
+        o,l = o[l!=PAD],l[l!=PAD]
+        show_boxes(None, o, labels=self.names(l) if len(self.classes)>1 else None, ax=ax, color=TRUTH)
+    return axs
+
+@patch
+def show_results(self:DetectionDL, b, out, max_n=9, ncols=3, score_thr=.3, **kw):
+    "The same with those detections of `out` (N,D,6), corners, score and label, that score at least `score_thr`"
+    axs = self.show_batch(b, max_n, ncols, **kw)
+    for ax,o in zip(axs, out.cpu()):
+        o = o[(o[:,5]!=PAD)&(o[:,4]>=score_thr)]
+        show_boxes(None, o[:,:4], scores=o[:,4], labels=self.names(o[:,5]) if len(self.classes)>1 else None, ax=ax, color=PRED)
+    return axs
 
 # %% ../nbs/05_data.ipynb #539664f7
 class DetectionDataLoaders(DataLoaders):
@@ -227,49 +258,7 @@ def repeat_factors(
     often = np.sqrt(balance*len(ids)/on.label.map(on.label.value_counts())).clip(lower=1)
     return often.groupby(on.image_id.to_numpy()).max().reindex(ids, fill_value=1.)
 
-# %% ../nbs/05_data.ipynb #21b0588b
-def detection_dls(
-    ann:Annotations, # Images with a `split`; 'train' and 'valid' are used; if all are 'valid', for both parts, to judge a model
-    size:int=256, # Side of the square pictures in pixels
-    bs:int=8,     # Images in a batch
-    mode:str='repeat', # Channels: 'gray' (1), 'repeat' (3) or 'stack' (3)
-    aug:Augment|None=Augment(), # Augmentation of the training part, None for none
-    cache=None,   # Folder for a `PictureCache`; None decodes at every epoch
-    positives:float|None=None, # Share of images with a box in training, by drawing them more often; as they are if None
-    balance:float=0., # Draw classes on less than this share of the training images more often, see `repeat_factors`; all alike if 0
-    num_workers:int=0, # Processes that read pictures
-    stats:tuple|None=None, # Means and standard deviations of the channels, from `foreground_stats`; those of ImageNet if None
-    categories:list|None=None, # Categories of the whole image to ask for too, the one with boxes last
-    metadata:list|None=None, # Columns of the images to tell the model, such as age, sex and view; or what `metadata_fields` gave
-    device=None   # fastai's default device if None
-)->DataLoaders:   # Batches of pictures (N,C,size,size), (N,m) of `metadata`, boxes (N,M,4) in pixels, labels (N,M), and (N,) of `categories`; with `ann`, `classes`, `c`, `size` ...
-    "fastai DataLoaders of pictures and their boxes, negatives included"
-    if not len(ann): raise ValueError("there are no images to load; is the data set empty?")
-    parts = [ann.part(s).images for s in (('valid','valid') if set(ann.images.split)=={'valid'} else ('train','valid'))]
-    fields = metadata_fields(parts[0], metadata or [])
-    parts = [o.to_dict('records') for o in parts]
-    cut,items = len(parts[0]),parts[0]+parts[1]
-    if cache is not None: cache = PictureCache([*dict.fromkeys(o['path'] for o in items)], cache, size, 'gray' if mode=='repeat' else mode)
-    keeps = 'scale_x' in ann.images and ann.images.scale_x.notna().any()
-    if categories and aug and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic join pictures of different categories; there is no category for that")
-    if fields and aug and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic join pictures of different patients; there is no age for that")
-    told,of_all = [[LoadMetadata(fields)]] if fields else [],[[LoadCategory(ann,list(categories))]] if categories else []
-    dsets = DetectionDatasets(items, [[LoadImage(size,mode,cache,keeps)],*told,[LoadBoxes(ann,size)],[LoadLabels(ann)],*of_all],
-                     splits=[list(range(cut)), list(range(cut,len(items)))], n_inp=1+len(told))
-    channels = len(dsets[0][0]) if mode=='gray' else 3
-    stats = stats or (imagenet_stats if channels==3 else ([.449],[.226]))
-    if len(stats[0]) not in (1,channels): raise ValueError(f"stats of {len(stats[0])} channels for pictures of {channels}")
-    if aug and aug.mosaic and size%2: raise ValueError(f"size={size}: a mosaic needs an even side")
-    tfms = [IntToFloatTensor(), *([PastMetadata(aug) if fields else aug] if aug else []), *([] if mode=='gray' else [Repeat()]), Normalise.from_stats(*stats, cuda=False)]
-    most = ann.boxes.groupby('image_id').size().max() if len(ann.boxes) else 1
-    dls = dsets.dataloaders(bs=bs, dl_type=DetectionDL, before_batch=[PadBoxes(most, dsets.n_inp)], after_batch=tfms, num_workers=num_workers,
-                            device=device or default_device(), drop_last=False)
-    dls.ann,dls.classes,dls.c,dls.size,dls.channels,dls.mode,dls.stats,dls.categories = ann,ann.classes,len(ann.classes),size,channels,mode,stats,list(categories or [])
-    dls.metadata = fields
-    for dl in dls.loaders: dl.classes,dl.metadata = ann.classes,fields
-    if positives is not None or balance: dls.train.weights = _weights(repeat_factors(ann, [o['image_id'] for o in parts[0]], balance), set(ann.boxes.image_id), positives)
-    return dls
-
+# %% ../nbs/05_data.ipynb #16a86aa1
 def _weights(often, boxed, share):
     "Weights in proportion to `often`, by image, but such that `share` of the draws are images of `boxed`, if asked"
     has = often.index.isin(boxed)
@@ -278,18 +267,63 @@ def _weights(often, boxed, share):
     if not 0<share<1 or k in (0,n): raise ValueError(f"positives={share} cannot be had from {k} images with a box and {n-k} without")
     return np.where(has, share*often/often[has].sum(), (1-share)/(n-k)).tolist()
 
-# %% ../nbs/05_data.ipynb #beaff06e
-def largest_box(ann:Annotations)->Annotations:
+# %% ../nbs/05_data.ipynb #013378a9
+def detection_dls(
+    ann:Annotations, # Images with a `split`; 'train' and 'valid' are used; if all are 'valid', for both parts, to judge a model
+    size:int=256,               # Side of the square pictures, px
+    bs:int=8,                   # Images in a batch
+    mode:str='repeat',          # Channels: 'gray' (1), 'repeat' (3) or 'stack' (3)
+    aug:Augment|None=Augment(), # Augmentation of the training part, None for none
+    cache:str|Path|None=None,   # Folder for a `PictureCache`; None decodes at every epoch
+    positives:float|None=None,  # Share of images with a box in training, by drawing them more often; as they are if None
+    balance:float=0.,           # Draw classes on less than this share of the training images more often, see `repeat_factors`; all alike if 0
+    num_workers:int=0,          # Processes that read pictures
+    stats:tuple|None=None,      # Means and standard deviations of the channels, from `foreground_stats`; those of ImageNet if None
+    categories:list|None=None,  # Categories of the whole image to ask for too, the one with boxes last
+    metadata:list|None=None,    # Columns of the images to tell the model, such as age, sex and view; or what `metadata_fields` gave
+    device=None                 # fastai's default device if None
+)->DataLoaders:                 # Batches of pictures (N,C,size,size), (N,m) of `metadata`, boxes (N,M,4) in pixels, labels (N,M), and (N,) of `categories`; with `ann`, `classes`, `c`, `size` ...
+    "fastai DataLoaders of pictures and their boxes, negatives included"
+    if not len(ann): raise ValueError("there are no images to load; is the data set empty?")
+    parts = [ann.part(s).images for s in (('valid','valid') if set(ann.images.split)=={'valid'} else ('train','valid'))]
+    fields = metadata_fields(parts[0], metadata or [])
+    parts = [o.to_dict('records') for o in parts]
+    cut,items = len(parts[0]),parts[0]+parts[1]
+    kept = None if cache is None else PictureCache([*dict.fromkeys(o['path'] for o in items)], cache, size, 'gray' if mode=='repeat' else mode)
+    keeps = 'scale_x' in ann.images and ann.images.scale_x.notna().any()
+    if categories and aug and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic join pictures of different categories; there is no category for that")
+    if fields and aug and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic join pictures of different patients; there is no age for that")
+    told,of_all = [[LoadMetadata(fields)]] if fields else [],[[LoadCategory(ann,list(categories))]] if categories else []
+    dsets = DetectionDatasets(items, [[LoadImage(size,mode,kept,keeps)],*told,[LoadBoxes(ann,size)],[LoadLabels(ann)],*of_all],
+                     splits=[list(range(cut)), list(range(cut,len(items)))], n_inp=1+len(told))
+    channels = len(dsets[0][0]) if mode=='gray' else 3
+    stats = stats or (imagenet_stats if channels==3 else ([.449],[.226]))
+    tfms = _batch_tfms(channels, mode, aug, stats, fields)
+    if aug and aug.mosaic and size%2: raise ValueError(f"size={size}: a mosaic needs an even side")
+    most = ann.boxes.groupby('image_id').size().max() if len(ann.boxes) else 1
+    dls = dsets.dataloaders(bs=bs, dl_type=DetectionDL, before_batch=[PadBoxes(most, dsets.n_inp)], after_batch=tfms, num_workers=num_workers,
+                            device=device or default_device(), drop_last=False)
+    dls.ann,dls.classes,dls.c,dls.size,dls.channels,dls.mode,dls.stats,dls.categories = ann,ann.classes,len(ann.classes),size,channels,mode,stats,list(categories or [])
+    dls.metadata = fields
+    for dl in dls.loaders: dl.classes,dl.metadata = ann.classes,fields
+    if positives is not None or balance:
+        dls.train.weights = _weights(repeat_factors(ann, [o['image_id'] for o in parts[0]], balance), set(ann.boxes.image_id), positives)
+    return dls
+
+# %% ../nbs/05_data.ipynb #1e264d8b
+def largest_box(
+    ann:Annotations # Images and boxes
+)->Annotations:     # The same images, each with one box or none
     "`ann` with only the largest box of every image"
     b = ann.boxes
     size = (b.x2-b.x1)*(b.y2-b.y1)
     return Annotations(ann.images, b.loc[size.groupby(b.image_id).idxmax()], ann.classes)
 
-# %% ../nbs/05_data.ipynb #fe66bc12
+# %% ../nbs/05_data.ipynb #390878ee
 def single_box_dls(
     ann:Annotations, # Images with a `split`
-    **kwargs # As for `detection_dls`
-)->DataLoaders: # Batches of pictures (N,C,size,size), boxes (N,1,4) in pixels, labels (N,1)
+    **kwargs         # As for `detection_dls`
+)->DataLoaders:      # Batches of pictures (N,C,size,size), boxes (N,1,4) in pixels, labels (N,1)
     "`detection_dls` of the largest box of every image"
     if (aug := kwargs.get('aug')) and (aug.mixup or aug.mosaic): raise ValueError("mixup and mosaic give a picture several boxes; here it has one")
     if kwargs.get('categories'): raise ValueError("categories are for chapter 08; a single-box model does not answer for them")
