@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['sizes_512', 'MAX_LOG', 'cell_anchors', 'Anchors', 'encode', 'decode']
 
-# %% ../nbs/07_anchors.ipynb #8d147625
+# %% ../nbs/07_anchors.ipynb #fa3b431d
 import math, torch
+from fastcore.basics import patch
 from torch import Tensor
 from .boxes import xyxy2cxcywh, cxcywh2xyxy
 
-# %% ../nbs/07_anchors.ipynb #102de3c5
+# %% ../nbs/07_anchors.ipynb #0f18a92d
 def cell_anchors(
-    sizes:tuple, # Square roots of the areas in pixels
+    sizes:tuple,            # Square roots of the areas, px
     ratios:tuple=(.5,1.,2.) # Heights over widths
-)->Tensor:       # Boxes around the origin, shape by shape, (len(ratios)*len(sizes),4)
+)->Tensor:                  # Boxes around the origin, shape by shape, (len(ratios)*len(sizes),4)
     "Anchors of one place, in float32: for each of `ratios` all `sizes`"
     if not all(o>0 for o in (*sizes,*ratios)):
         raise ValueError(f"sizes {sizes} and ratios {ratios} must all be positive; is one of them a logarithm?")
@@ -26,11 +27,11 @@ def cell_anchors(
 # %% ../nbs/07_anchors.ipynb #219865b2
 sizes_512 = ((32,40,50),(64,80,101),(128,161,203),(256,322,406),(512,645,812))
 
-# %% ../nbs/07_anchors.ipynb #180e9ed2
+# %% ../nbs/07_anchors.ipynb #3cf0d6e4
 class Anchors:
     "Boxes laid over a picture, level by level, row by row; call with its height and width for a tensor (A,4)"
     def __init__(self,
-        sizes:tuple=sizes_512, # For each level, square roots of areas in pixels
+        sizes:tuple=sizes_512,   # For each level, square roots of areas, px
         ratios:tuple=(.5,1.,2.), # Heights over widths, the same on all levels
         levels:tuple=(3,4,5,6,7) # Level `l` has a stride of 2**l pixels
     ):
@@ -42,16 +43,6 @@ class Anchors:
         self.sizes,self.ratios,self.levels = tuple(tuple(s) for s in sizes),tuple(ratios),tuple(levels)
         self.cells,self._cache = [cell_anchors(s,self.ratios) for s in self.sizes],{} # each (per_cell,4)
 
-    @classmethod
-    def of_scales(cls,
-        base:float=4., # Size of scale 1, in strides
-        scales:tuple=(1,2**(1/3),2**(2/3)), # Sizes in a cell, relative to that
-        ratios:tuple=(.5,1.,2.), # As in `Anchors`
-        levels:tuple=(3,4,5,6,7) # As in `Anchors`
-    )->'Anchors':
-        "Anchors whose sizes are `base` * stride * scale pixels, to a hundredth"
-        return cls(tuple(tuple(round(base*2**l*s, 2) for s in scales) for l in levels), ratios, levels)
-
     @property
     def strides(self):
         "Pixels from one place to the next, of every level"
@@ -60,42 +51,75 @@ class Anchors:
     def per_cell(self):
         "Anchors at each place"
         return len(self.cells[0])
-    def grid(self, h, w):
-        "Rows and columns of every level for a picture of `h` by `w`"
-        return [(math.ceil(h/s), math.ceil(w/s)) for s in self.strides]
-    def counts(self, h, w):
-        "Anchors of every level for a picture of `h` by `w`"
-        return [r*c*self.per_cell for r,c in self.grid(h,w)]
     def __repr__(self): return f"Anchors(sizes={self.sizes}, ratios={self.ratios}, levels={self.levels})"
 
-    def on_level(self, i, h, w):
-        "Anchors of the `i`-th level, (rows*cols*per_cell,4)"
-        (rows,cols),s = self.grid(h,w)[i],self.strides[i]
-        y,x = torch.meshgrid(torch.arange(rows)*s, torch.arange(cols)*s, indexing='ij')    # (rows,cols)
-        return (torch.stack([x,y,x,y], -1).reshape(-1,1,4)+self.cells[i]).reshape(-1,4)
+    def grid(self,
+        h:int, # Height of the picture, px
+        w:int  # Width of the picture, px
+    )->list:   # (rows, columns) for each level
+        "How many cells every level has"
+        return [(math.ceil(h/s), math.ceil(w/s)) for s in self.strides]
 
-    @torch.inference_mode(False) # what is kept must also serve in training, wherever it was made
-    def __call__(self, h, w, device='cpu', n=None):
-        "Anchors of all levels in pixels of a picture of `h` by `w`, (A,4), of which a model expects `n`; kept for the next call, so do not change them in place"
-        key = h,w,torch.device(device)
-        if key not in self._cache: self._cache[key] = torch.cat([self.on_level(i,h,w) for i in range(len(self.levels))]).to(device)
-        a = self._cache[key]
-        if n not in (None,len(a)): raise ValueError(f"the model answers for {n} anchors, {(h,w)} pictures have {len(a)}; are the pictures of another size, or the model for other anchors?")
-        return a
+    def counts(self,
+        h:int, # Height of the picture, px
+        w:int  # Width of the picture, px
+    )->list:   # A number for each level
+        "How many anchors every level has"
+        return [r*c*self.per_cell for r,c in self.grid(h,w)]
 
-# %% ../nbs/07_anchors.ipynb #ed5341a6
+# %% ../nbs/07_anchors.ipynb #db24dcb7
+@patch
+def on_level(
+    self:Anchors,
+    i:int, # Which of the levels, from 0
+    h:int, # Height of the picture, px
+    w:int  # Width of the picture, px
+)->Tensor: # (rows*cols*per_cell,4)
+    "Anchors of the `i`-th level"
+    (rows,cols),s = self.grid(h,w)[i],self.strides[i]
+    y,x = torch.meshgrid(torch.arange(rows)*s, torch.arange(cols)*s, indexing='ij')    # (rows,cols)
+    return (torch.stack([x,y,x,y], -1).reshape(-1,1,4)+self.cells[i]).reshape(-1,4)
+
+@patch
+@torch.inference_mode(False) # what is kept must also serve in training, wherever it was made
+def __call__(
+    self:Anchors,
+    h:int,             # Height of the picture, px
+    w:int,             # Width of the picture, px
+    device='cpu',      # Where they are wanted
+    n:int|None=None    # How many a model answers for, to be held against the grid
+)->Tensor:             # (A,4)
+    "Anchors of all levels in pixels of a picture of `h` by `w`; kept for the next call, so do not change them in place"
+    key = h,w,torch.device(device)
+    if key not in self._cache: self._cache[key] = torch.cat([self.on_level(i,h,w) for i in range(len(self.levels))]).to(device)
+    a = self._cache[key]
+    if n not in (None,len(a)): raise ValueError(f"the model answers for {n} anchors, {(h,w)} pictures have {len(a)}; are the pictures of another size, or the model for other anchors?")
+    return a
+
+# %% ../nbs/07_anchors.ipynb #1feb7aa1
+@patch(cls_method=True)
+def of_scales(
+    cls:Anchors,
+    base:float=4.,                      # Size of scale 1, in strides
+    scales:tuple=(1,2**(1/3),2**(2/3)), # Sizes in a cell, relative to that
+    ratios:tuple=(.5,1.,2.),            # As in `Anchors`
+    levels:tuple=(3,4,5,6,7)            # As in `Anchors`
+)->Anchors:                             # Their sizes are `base` * stride * scale pixels, to a hundredth
+    "Anchors whose sizes double from level to level"
+    return cls(tuple(tuple(round(base*2**l*s, 2) for s in scales) for l in levels), ratios, levels)
+
+# %% ../nbs/07_anchors.ipynb #f1304b08
 def encode(
-    boxes:Tensor, # True boxes, (...,4)
+    boxes:Tensor,  # True boxes, (...,4)
     anchors:Tensor # The anchor that answers for each, (...,4)
-)->Tensor:        # dx, dy as fractions of the anchor, dw, dh as logarithms, (...,4)
+)->Tensor:         # dx, dy as fractions of the anchor, dw, dh as logarithms, (...,4)
     "Corrections that make `boxes` of `anchors`"
     b,a = xyxy2cxcywh(boxes),xyxy2cxcywh(anchors)
     return torch.cat([(b[...,:2]-a[...,:2])/a[...,2:], (b[...,2:]/a[...,2:]).log()], -1)
 
-# %% ../nbs/07_anchors.ipynb #e07a04b3
+# %% ../nbs/07_anchors.ipynb #29bb49a1
 MAX_LOG = math.log(1000/16) # Stretch at most by this logarithm, so that an untrained network cannot give infinite boxes
 
-# %% ../nbs/07_anchors.ipynb #12436c73
 def decode(
     deltas:Tensor, # Corrections, (...,4)
     anchors:Tensor # Anchors they belong to, (...,4)
