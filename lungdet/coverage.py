@@ -28,12 +28,12 @@ def _checked(boxes, size):
         if wrong.any(): raise ValueError(f"{wrong.sum()} of {len(b)} boxes {why} The first is number {i}, {b[i].tolist()}")
     return b,(h,w)
 
-# %% ../nbs/07a_coverage.ipynb #66b22db8
+# %% ../nbs/07a_coverage.ipynb #9774da03
 def nearest_anchors(
-    boxes:Tensor, # True boxes in pixels of the picture that the model sees, (n,4)
+    boxes:Tensor,    # True boxes in pixels of the picture that the model sees, (n,4)
     anchors:Anchors, # Grid with L levels and S anchors in a cell
-    size:int|tuple # Side of that picture, or height and width, px
-)->Tensor:        # (n,L,S,4)
+    size:int|tuple   # Side of that picture, or height and width, px
+)->Tensor:           # (n,L,S,4)
     "Of every kind of `anchors`, the one nearest to each of `boxes`, which is the one that overlaps it most"
     b,hw = _checked(boxes, size)
     mid = xyxy2cxcywh(b)[:,:2]                                                                   # (n,2)
@@ -42,12 +42,12 @@ def nearest_anchors(
         return place.repeat(1,2)[:,None]+cell                                                    # (n,S,4)
     return torch.stack([on_level(*o) for o in zip(anchors.strides, anchors.grid(*hw), anchors.cells)], 1)
 
-# %% ../nbs/07a_coverage.ipynb #832edcd9
+# %% ../nbs/07a_coverage.ipynb #6fee405e
 def best_overlaps(
-    boxes:Tensor, # As in `nearest_anchors`
+    boxes:Tensor,    # As in `nearest_anchors`
     anchors:Anchors, # As in `nearest_anchors`
-    size:int|tuple # As in `nearest_anchors`
-)->Tensor:        # (n,L,S)
+    size:int|tuple   # As in `nearest_anchors`
+)->Tensor:           # (n,L,S)
     "IoU of each of `boxes` with the best anchor of every kind"
     b,_ = _checked(boxes, size)
     near,b = nearest_anchors(b, anchors, size),b[:,None,None]
@@ -65,36 +65,36 @@ def by_size(
     res = df.groupby('octave').agg(boxes=('best','size'), mean_best_iou=('best','mean'), missed=('missed','mean'))
     return res.set_axis([f'{2.**k:g} to {2.**(k+1):g}' for k in res.index]).rename_axis('size, px')
 
-# %% ../nbs/07a_coverage.ipynb #e42534e5
+# %% ../nbs/07a_coverage.ipynb #35fe431a
 def head_macs(
     cells:int,       # Places on a level
     per_cell:int=9,  # Anchors at each
     n_classes:int=1, # Classes
     width:int=256,   # Channels of the heads
     depth:int=4      # 3x3 convolutions before the last
-)->int:
+)->int:              # For one picture
     "Multiply-adds of both heads of a RetinaNet on `cells` places"
     return cells*9*width*(2*depth*width + per_cell*(n_classes+4))
 
-# %% ../nbs/07a_coverage.ipynb #00741bb3
+# %% ../nbs/07a_coverage.ipynb #057f94f9
 def by_level(
     overlaps:Tensor, # What `best_overlaps` gave, (n,L,S)
     anchors:Anchors, # The grid it was for
     size:int|tuple,  # Side of the picture, or height and width, px
-    **heads          # `n_classes`, `width`, `depth` as in `head_macs`
+    **kw             # `n_classes`, `width`, `depth` of the heads, as in `head_macs`
 )->pd.DataFrame:     # A row for each level: anchors, boxes whose best anchor is there, multiply-adds of the heads in 10^9
     "What each level of `anchors` is good for, and what it costs"
     h,w = np.broadcast_to(size,2).tolist()
     boxes = overlaps.amax(2).argmax(1).bincount(minlength=len(anchors.levels)) # (L,)
-    macs = [head_macs(r*c, anchors.per_cell, **heads)/1e9 for r,c in anchors.grid(h,w)]
+    macs = [head_macs(r*c, anchors.per_cell, **kw)/1e9 for r,c in anchors.grid(h,w)]
     cols = dict(stride=anchors.strides, anchors=anchors.counts(h,w), boxes=boxes, gmacs=macs)
     return pd.DataFrame(cols, index=[f'P{l}' for l in anchors.levels])
 
-# %% ../nbs/07a_coverage.ipynb #04a95fa7
+# %% ../nbs/07a_coverage.ipynb #f3b5dcc7
 def level_subsets(
-    overlaps:Tensor, # What `best_overlaps` gave, (n,L,S)
+    overlaps:Tensor,    # What `best_overlaps` gave, (n,L,S)
     levels:pd.DataFrame # What `by_level` gave
-)->pd.DataFrame:     # A row for each run of levels, the cheapest last: anchors, gmacs, mean best IoU, share missed
+)->pd.DataFrame:        # A row for each run of levels, the cheapest last: anchors, gmacs, mean best IoU, share missed
     "Coverage of what is left if some of the finest or coarsest `levels` are dropped"
     o,rows,L = overlaps.amax(2),{},len(levels) # (n,L)
     for i,j in [(i,j) for i in range(L) for j in range(i+1,L+1)]:
@@ -124,21 +124,38 @@ def _missing(boxes, best, anchors):
         left &= ~is_it
     return f"the grid misses {len(wh)} of {len(boxes)} boxes: {', '.join(res)}"
 
-# %% ../nbs/07a_coverage.ipynb #5ad9c9f9
+# %% ../nbs/07a_coverage.ipynb #1100dd50
+def _dropping(subsets, tol, levels):
+    "Which of `levels` can go, what that saves and what it costs, as text; '' if none can"
+    full,keep = subsets.iloc[0],_keep(subsets, tol)
+    drop = [l for l in levels if l not in keep.name.split()]
+    return (f"drop {', '.join(drop)}: saves {1-keep.anchors/full.anchors:.1%} of the anchors and {1-keep.gmacs/full.gmacs:.1%} of the multiply-adds "
+            f"of the heads; mean best IoU {keep.mean_best_iou:.3f} for {full.mean_best_iou:.3f}, missed {keep.missed:.2%} for {full.missed:.2%}") if drop else ''
+
+# %% ../nbs/07a_coverage.ipynb #9f4c6d88
 class AnchorReport:
     "Coverage of `boxes` by `anchors`: see `anchor_report`"
-    def __init__(self, boxes, anchors, size, tol=.01, **heads):
+    def __init__(self,
+        boxes:Tensor,    # As in `anchor_report`, (n,4)
+        anchors:Anchors, # Grid to judge
+        size:int|tuple,  # Side of the picture, or height and width, px
+        tol:float=.01,   # As in `anchor_report`
+        **kw             # As in `by_level`
+    ):
         self.boxes,self.size = _checked(boxes, size)
         self.anchors,self.tol = anchors,tol
         overlaps = best_overlaps(self.boxes, anchors, self.size)
         self.best = overlaps.amax((1,2))
-        self.by_size,self.by_level = by_size(self.boxes, self.best),by_level(overlaps, anchors, self.size, **heads)
+        self.by_size,self.by_level = by_size(self.boxes, self.best),by_level(overlaps, anchors, self.size, **kw)
         self.subsets = level_subsets(overlaps, self.by_level)
-
     @property
-    def mean_best_iou(self): return self.best.mean().item()
+    def mean_best_iou(self):
+        "IoU of a box with its best anchor, on average"
+        return self.best.mean().item()
     @property
-    def missed(self): return (self.best<.5).float().mean().item()
+    def missed(self):
+        "Share of boxes that no anchor overlaps by half"
+        return (self.best<.5).float().mean().item()
     @property
     def trimmed(self):
         "The anchors without the levels that can be dropped"
@@ -148,41 +165,37 @@ class AnchorReport:
     @property
     def verdict(self):
         "What to do about this grid"
-        full,keep = self.subsets.iloc[0],_keep(self.subsets, self.tol)
-        drop = [l for l in self.by_level.index if l not in keep.name.split()]
-        res = [_missing(self.boxes, self.best, self.anchors)] if self.missed>self.tol else []
-        if drop: res.append(f"drop {', '.join(drop)}: saves {1-keep.anchors/full.anchors:.1%} of the anchors and "
-                            f"{1-keep.gmacs/full.gmacs:.1%} of the multiply-adds of the heads; mean best IoU {keep.mean_best_iou:.3f} "
-                            f"for {full.mean_best_iou:.3f}, missed {keep.missed:.2%} for {full.missed:.2%}")
-        return '\n'.join(res) or 'the grid is fine, and needs all of its levels'
-
+        faults = _missing(self.boxes, self.best, self.anchors) if self.missed>self.tol else ''
+        return '\n'.join(filter(None, [faults, _dropping(self.subsets, self.tol, self.by_level.index)])) or 'the grid is fine, and needs all of its levels'
     @property
     def title(self):
-        h,w = self.size
-        return (f"{self.by_level.anchors.sum():,} anchors for {len(self.boxes):,} boxes on {h} x {w} px: "
+        "The grid and how well it covers, in a line"
+        return (f"{self.by_level.anchors.sum():,} anchors for {len(self.boxes):,} boxes on {self.size[0]} x {self.size[1]} px: "
                 f"mean best IoU {self.mean_best_iou:.3f}, {self.missed:.2%} missed")
     def __repr__(self): return '\n\n'.join([self.title, *(o.round(3).to_string() for o in (self.by_size,self.by_level)), self.verdict])
     def _repr_html_(self):
         tables = ''.join(f'<td style="vertical-align:top">{o.round(3).to_html()}</td>' for o in (self.by_size,self.by_level))
         return f'<p>{self.title}</p><table><tr>{tables}</tr></table><p>'+self.verdict.replace('\n','<br>')+'</p>'
 
-# %% ../nbs/07a_coverage.ipynb #bd2ba926
+# %% ../nbs/07a_coverage.ipynb #d675e13a
 def anchor_report(
     boxes:Tensor,    # True boxes in pixels of the picture that the model sees, (n,4)
     anchors:Anchors, # Grid to judge
     size:int|tuple,  # Side of that picture, or height and width, px
     tol:float=.01,   # Loss of mean best IoU, and of boxes missed, for which a level may be dropped; more missed than that is a fault
-    n_classes:int=1, width:int=256, depth:int=4 # Of the heads, as in `head_macs`
+    n_classes:int=1, # Classes
+    width:int=256,   # Channels of the heads
+    depth:int=4      # Their 3x3 convolutions before the last
 )->AnchorReport:     # `mean_best_iou`, `missed`, `best`, `by_size`, `by_level`, `subsets`, `verdict`, `trimmed`
     "How well `anchors` cover `boxes`, what each level is good for, and which of them can go"
     return AnchorReport(boxes, anchors, size, tol, n_classes=n_classes, width=width, depth=depth)
 
-# %% ../nbs/07a_coverage.ipynb #5914bc3b
+# %% ../nbs/07a_coverage.ipynb #18c005db
 def show_missed(
     report:AnchorReport, # What `anchor_report` gave
-    pictures=None,   # Gives the picture (h,w) of the box with a number; black if None
-    n:int=3          # How many
-):                   # Axes, one per box
+    pictures=None,       # Gives the picture (h,w) of the box with a number; black if None
+    n:int=3              # How many
+):                       # Axes, one per box
     "Draw the `n` boxes of `report` that are covered worst, each with its best anchor"
     worst = report.best.argsort(stable=True)[:n]
     b = report.boxes[worst]
@@ -193,13 +206,13 @@ def show_missed(
     for ax,o in zip(axs, near): show_boxes(None, o[None], ax=ax, color=PRED)
     return axs
 
-# %% ../nbs/07a_coverage.ipynb #a7c55388
+# %% ../nbs/07a_coverage.ipynb #7689bed9
 def coverage_loss(
-    boxes:Tensor,    # As in `nearest_anchors`
-    anchors:Anchors, # As in `nearest_anchors`
-    size:int|tuple,  # As in `nearest_anchors`
+    boxes:Tensor,        # As in `nearest_anchors`
+    anchors:Anchors,     # As in `nearest_anchors`
+    size:int|tuple,      # As in `nearest_anchors`
     missed_cost:float=3. # Of a box without an anchor at IoU .5; that of a lost IoU is 1
-)->float:
+)->float:                # 0 at best
     "What `optimise_anchors` makes small: 1 - mean best IoU + `missed_cost` * share missed"
     best = best_overlaps(boxes, anchors, size).amax((1,2))
     return (1-best.mean()+missed_cost*(best<.5).float().mean()).item()
@@ -211,17 +224,17 @@ def _changed(anchors, x):
     sizes = tuple(tuple(sorted(max(1,round(float(s*2.**k))) for s,k in zip(row,x))) for row in anchors.sizes)
     return Anchors(sizes, tuple(sorted(round(float(2.**k),2) for k in x[n:])), anchors.levels)
 
-# %% ../nbs/07a_coverage.ipynb #1a61d4d1
+# %% ../nbs/07a_coverage.ipynb #9a1e9613
 def optimise_anchors(
-    boxes:Tensor,    # True boxes of the training images in pixels of the picture that the model sees, (n,4)
-    anchors:Anchors, # Start; its levels, and its numbers of sizes and ratios, are kept
-    size:int|tuple,  # Side of that picture, or height and width, px
+    boxes:Tensor,         # True boxes of the training images in pixels of the picture that the model sees, (n,4)
+    anchors:Anchors,      # Start; its levels, and its numbers of sizes and ratios, are kept
+    size:int|tuple,       # Side of that picture, or height and width, px
     missed_cost:float=3., # As in `coverage_loss`
-    max_boxes:int=2000, # Search with that many, drawn at random
-    generations:int=40, # How long to search
-    popsize:int=8,   # Grids in the population, for each number to find
-    seed:int=42      # Of the draw and of the search
-)->tuple:            # The `Anchors` found, never worse for `boxes` than the start; `coverage_loss` at the start and after each generation
+    max_boxes:int=2000,   # Search with that many, drawn at random
+    generations:int=40,   # How long to search
+    popsize:int=8,        # Grids in the population, for each number to find
+    seed:int=42           # Of the draw and of the search
+)->tuple:                 # The `Anchors` found, never worse for `boxes` than the start; `coverage_loss` at the start and after each generation
     "Look for sizes and ratios that cover `boxes` better than `anchors` do"
     b,size = _checked(boxes, size)
     some = b[torch.randperm(len(b), generator=torch.Generator().manual_seed(seed))[:max_boxes]]
