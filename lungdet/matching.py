@@ -14,14 +14,14 @@ from .boxes import iou, xyxy2cxcywh
 # %% ../nbs/07b_matching.ipynb #5b59673a
 BACKGROUND,IGNORE = -1,-2 # What matching says of an anchor that answers for no box, or that is not asked
 
-# %% ../nbs/07b_matching.ipynb #09750a0a
+# %% ../nbs/07b_matching.ipynb #70c1ca71
 def match(
-    overlaps:Tensor, # IoU of every true box with every anchor, (m,A)
-    fg:float=.5,     # From this overlap on an anchor answers for the box
-    bg:float=.4,     # Below it, the anchor is background
+    overlaps:Tensor,       # IoU of every true box with every anchor, (m,A)
+    fg:float=.5,           # From this overlap on an anchor answers for the box
+    bg:float=.4,           # Below it, the anchor is background
     low_quality:bool=True, # Let the best anchors of each box answer too, even if they overlap less than `fg`?
     zero_ties:bool=False   # Also those that are the best of a box with an overlap of 0, as in torchvision?
-)->Tensor:           # Index of the box, or `BACKGROUND`, or `IGNORE`, for every anchor, (A,)
+)->Tensor:                 # Index of the box, or `BACKGROUND`, or `IGNORE`, for every anchor, (A,)
     "Which true box each anchor answers for, by thresholds on the overlap"
     if not bg<=fg: raise ValueError(f"background ends at bg={bg} and foreground begins at fg={fg}; are the two swapped?")
     if not overlaps.numel(): return overlaps.new_full(overlaps.shape[1:], BACKGROUND, dtype=torch.int64)
