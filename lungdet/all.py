@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #9af61d5b
+# %% ../nbs/index.ipynb #2f30b526
 from .core import *
 from .explore import *
 from .dicom import *
@@ -60,6 +60,7 @@ from .engines import *
 from .detector import *
 from .safety import *
 from .dicom_out import *
+from .gsps import *
 from .predict import *
 from .explain import *
 from .demo import *

@@ -11,7 +11,8 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from dicoms import chest, stored
 from lungdet.core import XYXY
 from lungdet.dicom import DicomError
-from lungdet.dicom_out import CODES, Algorithm, label_code, read_gsps, read_sr, write_gsps, write_sr, _rectangle, _shown
+from lungdet.dicom_out import CODES, Algorithm, label_code, read_sr, write_sr, _rectangle
+from lungdet.gsps import read_gsps, write_gsps, _shown
 
 pytest.importorskip('highdicom', reason="needs the extra [dicom-out]")
 DAY = datetime(2026, 1, 31, 12)
