@@ -33,13 +33,10 @@ det = Detector.load(args.detector, engine=args.engine, device=args.device) if ar
 items = dict(list(items_of(folder).items())[:args.n])
 todo = list(items.values())
 
-def read(): 
-    with ThreadPoolExecutor() as ex: return [o[0] for o in ex.map(lambda o: det.picture(*read_item(o, str(o))), todo)]
+def read():
+    with ThreadPoolExecutor() as ex: return [(im,row|dict(image_id=str(o), source='')) for o,(im,row) in zip(todo, ex.map(lambda o: det.picture(*read_item(o, str(o))), todo))]
 def model():
-    rows = [dict(image_id='i', source='', height=1024, width=1024, spacing=1., spacing_x=1.)]*len(ready)
-    for k in range(0, len(ready), args.bs):
-        batch = [(im,r,torch.full((len(det.fields),), torch.nan)) for im,r in zip(ready[k:k+args.bs],rows)]
-        list(det._look(batch, None))
+    for k in range(0, len(ready), args.bs): list(det.look(ready[k:k+args.bs]))
 def whole(): list(det.stream(items, bs=args.bs))
 ready,best = read(),{}
 for _ in range(args.repeat):

@@ -1,10 +1,9 @@
 "Detectors in files: the same findings as in training, whatever the way in; and files that mean harm"
-import io, json, struct, time, zipfile
+import io, json, struct, time, zipfile, zlib
 import cv2, numpy as np, pandas as pd, pydicom, pytest, torch
 from fastai.vision.all import set_seed
 from pathlib import Path
 from safetensors.torch import save_file
-from lungdet.anchors import Anchors
 from lungdet.convert import convert_folder, dicom_table, encode_png
 from lungdet.data import detection_dls
 from lungdet.detector import *
@@ -31,7 +30,7 @@ def same(a, b):
 @pytest.fixture(scope='module')
 def scans(tmp_path_factory):
     "Six DICOMs of all sorts, and their annotations"
-    d,rng = tmp_path_factory.mktemp('scans'),np.random.default_rng(0)
+    d = tmp_path_factory.mktemp('scans')
     for i in range(N):
         im = np.roll(chest(150), 11*i, 1)[:100+10*i]
         if i==0: ds = jpeg(im)
@@ -278,3 +277,64 @@ def test_other_engines_find_the_same(scans, file, engine):
     m = a.merge(b, on=['image_id','label'], suffixes=('','_b')) # near the threshold a box may come or go
     close = m[(m[NUMS].to_numpy()-m[[f'{o}_b' for o in NUMS]].to_numpy()).__abs__().max(1)<.05]
     assert len(close)>=.98*len(a)>0 and abs(len(a)-len(b))<=.02*len(a)+1
+
+@pytest.mark.parametrize('engine', ['onnxruntime','openvino'])
+def test_eight_bits_are_calibrated_or_refused(scans, file, engine):
+    pytest.importorskip(engine, reason='needs lungdet[export]')
+    with pytest.raises(ValueError, match='calibrate='): Detector.load(file, engine=engine, dtype='int8')
+    det,more = (Detector.load(file, engine=engine, dtype='int8', calibrate=o) for o in (scans[0], sorted(scans[0].glob('*.dcm'))[:2]))
+    a,b = Detector.load(file)(scans[0]),det(scans[0])
+    assert np.abs(a.images.probability-b.images.probability).max()<.1 and len(b.refused)==0
+    assert det.calibration!=more.calibration and len(det.calibration)==16 and Detector.load(file).calibration is None
+
+def test_what_is_no_calibration(scans, file, tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8'"): Detector.load(file, calibrate=scans[0])
+    with pytest.raises(ValueError, match='torch does not compute in int8'): Detector.load(file, dtype='int8', calibrate=scans[0])
+    (tmp_path/'bad.dcm').write_bytes(b'no')
+    with pytest.raises(ValueError, match='bad.dcm'): Detector.load(file, engine='onnxruntime', dtype='int8', calibrate=tmp_path)
+
+def test_calibration_is_told_metadata(scans, tmp_path):
+    pytest.importorskip('onnxruntime', reason='needs lungdet[export]')
+    f = Detector.from_learner(learner(scans[1], metadata=['age','sex'], how='film')).save(tmp_path/'d.safetensors')
+    assert len(Detector.load(f, engine='onnxruntime', dtype='int8', calibrate=scans[0])(scans[0]).images)==N
+
+def content(ds):
+    "`ds` as the bytes of a file"
+    buf = io.BytesIO()
+    ds.SOPClassUID,ds.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage,'1.2.3'
+    ds.save_as(buf, enforce_file_format=True)
+    return buf.getvalue()
+
+def endless(how):
+    "A DICOM that is a picture, and more elements than anybody has time to read"
+    ds,n = stored(chest(40)),MOST_ELEMENTS+8
+    if how=='deflated': ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    whole = content(ds)
+    if how=='zeros': return whole+bytes(8*n)
+    if how=='items': return whole+b'\x09\x90\x10\x10SQ\0\0\xff\xff\xff\xff'+b'\xfe\xff\0\xe0\0\0\0\0'*n+b'\xfe\xff\xdd\xe0\0\0\0\0'
+    if how=='lookup': # a sequence that is looked at only when the picture is made
+        item = b'\xfe\xff\0\xe0'+struct.pack('<I', 16*n)+bytes(16*n)
+        ds.add_new('VOILUTSequence', 'SQ', [])
+        tag = b'\x28\0\x10\x30SQ\0\0'
+        return content(ds).replace(tag+bytes(4), tag+struct.pack('<I', len(item))+item)
+    file = io.BytesIO(whole)
+    pydicom.filereader.read_preamble(file, True); pydicom.filereader._read_file_meta_info(file)
+    at,z = file.tell(),zlib.compressobj(wbits=-15)
+    return whole[:at]+z.compress(zlib.decompress(whole[at:], -15)+bytes(8*n))+z.flush()
+
+@pytest.mark.parametrize('how', ['zeros','items','lookup','deflated'])
+def test_a_file_of_too_many_elements_is_refused_in_time(file, how):
+    data,det = endless(how),Detector.load(file)
+    begin = time.process_time()
+    got = det([data, chest(40)])
+    assert len(got.images)==1 and 'elements' in got.refused.reason[0] and time.process_time()-begin<20
+
+def test_many_frames_are_not_too_many_elements(file):
+    "A sequence of a thousand frames, as scanners write it"
+    ds = stored(np.zeros((3,900,900),np.uint8)+np.arange(900).astype(np.uint8)); ds.NumberOfFrames = 3
+    ds.PerFrameFunctionalGroupsSequence = [pydicom.Dataset() for _ in range(1000)]
+    for o in ds.PerFrameFunctionalGroupsSequence: o.PatientComments,o.PixelSpacing,o.is_undefined_length_sequence_item = 'x',[1,1],True
+    ds['PerFrameFunctionalGroupsSequence'].is_undefined_length = True
+    data = content(ds)
+    assert len(data)>8*MOST_ELEMENTS # so it is counted
+    assert len(Detector.load(file)([data], frame=0).images)==1
