@@ -1,5 +1,5 @@
 "lungdet-predict: what it leaves, also when it is killed; who may not share a folder; names that mean harm"
-import json, os, shutil, signal, subprocess, sys, time, zipfile
+import json, os, shutil, signal, subprocess, sys, zipfile
 import cv2, numpy as np, pandas as pd, pytest, torch
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,7 +109,6 @@ def test_killed_and_restarted_it_ends_with_the_same_files(model, scans, tmp_path
     assert files(tmp_path/'cut')==files(tmp_path/'whole')
 
 def test_two_at_once(model, scans, tmp_path):
-    from lungdet.predict import _alone
     out = tmp_path/'out'; out.mkdir()
     code = f"import sys, pathlib, lungdet.predict as p\nwith p._alone(pathlib.Path({str(out)!r})): print('in', flush=True); sys.stdin.read()"
     env = os.environ|dict(PYTHONPATH=str(Path(__file__).resolve().parent.parent))
@@ -197,3 +196,43 @@ def test_reports(model, scans, tmp_path):
     assert sorted(p.name for p in (tmp_path/'o'/'sr').iterdir())==[f's{i}.dcm' for i in range(7)] # a PNG has no report
     b = pd.read_csv(tmp_path/'o'/'predictions.csv')
     assert read_sr(tmp_path/'o'/'sr'/'s0.dcm') is not None and len(b)
+
+def test_each_picture_is_decoded_once(model, scans, tmp_path, monkeypatch):
+    import lungdet.predict as p
+    seen,once = [],p.picture_of
+    monkeypatch.setattr(p, 'picture_of', lambda src, frame=None: seen.append(str(src)) or once(src, frame))
+    run = lambda name,*args: (seen.clear(), main([str(model), str(scans), '--out', str(tmp_path/name), *args]))
+    run('a', '--overlay', '--gallery', '2')
+    assert len(seen)==7 and len(set(seen))==7
+    run('b', '--gallery', '2')
+    assert len(seen)==2 # what nobody sees is not looked at for text either
+    run('c')
+    assert not seen
+    f = Detector.load(model)(scans)
+    assert (tmp_path/'a'/'gallery.html').read_bytes()==(tmp_path/'b'/'gallery.html').read_bytes()==write_gallery(f, items_of(scans), tmp_path/'g.html', 2).read_bytes()
+    write_overlays(f, items_of(scans), tmp_path)
+    assert {o.name:o.read_bytes() for o in (tmp_path/'overlays').iterdir()}=={o.name:o.read_bytes() for o in (tmp_path/'a'/'overlays').iterdir()}
+
+def test_ids_that_a_spreadsheet_would_run(model, tmp_path, capsys):
+    "They are kept, since an id has to be found again; but somebody is told"
+    d = tmp_path/'d'; d.mkdir()
+    for n in ('=cmd|x!A1','+1','@x','fine'): save(stored(chest(64)), d/f'{n}.dcm')
+    assert main([str(model), str(d), '--out', str(tmp_path/'o')])==0
+    said = capsys.readouterr().err
+    assert '3 ids' in said and "import the tables as text" in said and "'+1'" in said
+    assert set(pd.read_csv(tmp_path/'o'/'images.csv', dtype=str).image_id)=={'=cmd|x!A1','+1','@x','fine'}
+    shutil.rmtree(d); d.mkdir()
+    ds = stored(chest(64)); ds.PatientID = '=1+1'
+    save(ds, d/'a.dcm')
+    assert main([str(model), str(d), '--out', str(tmp_path/'p')])==0 and "1 ids" in capsys.readouterr().err
+    shutil.rmtree(d); d.mkdir(); save(stored(chest(64)), d/'a.dcm')
+    assert main([str(model), str(d), '--out', str(tmp_path/'q')])==0 and capsys.readouterr().err==''
+
+def test_eight_bits_on_the_command_line(model, scans, tmp_path, capsys):
+    pytest.importorskip('onnxruntime', reason='needs lungdet[export]')
+    (scans/'bad.dcm').unlink()
+    args = [str(model), str(scans), '--engine', 'onnxruntime', '--dtype', 'int8']
+    assert main([*args, '--out', str(tmp_path/'o')])==2 and '--calibrate' in capsys.readouterr().err
+    assert main([*args, '--out', str(tmp_path/'o'), '--calibrate', str(scans)])==0
+    capsys.readouterr()
+    assert main([*args, '--out', str(tmp_path/'o'), '--calibrate', str(scans/'s0.dcm')])==2 and 'calibration was' in capsys.readouterr().err
