@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'tidy', 'part', 'checkup', 'troubles']
 
-# %% ../nbs/16g_checkup.ipynb #be997a12
-import argparse, importlib, importlib.util, json, os, platform, re, shutil, socket, sys
+# %% ../nbs/16g_checkup.ipynb #9b326e77
+import argparse, importlib, importlib.util, json, os, platform, re, shutil, socket
 from importlib.metadata import version
 from pathlib import Path
-import pandas as pd
 from . import __version__
 
-# %% ../nbs/16g_checkup.ipynb #6090ae50
-def tidy(s)->str:
+# %% ../nbs/16g_checkup.ipynb #fea8bbb8
+def tidy(
+    s # Anything that has a text
+)->str:
     "`s` as text without home folder, user name, and passwords in addresses"
     s = re.sub(r'(://)[^/\s@]+@', r'\1***@', str(s))
     homes = {str(Path.home()), os.environ.get('HOME') or '', os.environ.get('USERPROFILE') or ''}
@@ -23,7 +24,9 @@ def tidy(s)->str:
         if len(u := os.environ.get(k) or '')>2 and u!='root': s = re.sub(rf'\b{re.escape(u)}\b', '***', s)
     return s
 
-def part(f)->dict: # What `f` gives, or one line under `broken`
+def part(
+    f # A function without arguments that gives a dict
+)->dict: # What `f` gives, or one line under `broken`
     "Ask `f`, which may raise anything"
     try: return {k:v if v is None or isinstance(v, (bool,int,float)) else tidy(v) for k,v in f().items()}
     except Exception as e: return dict(broken=tidy(' '.join(f'{type(e).__name__}: {e}'.split()))[:200])
@@ -98,24 +101,31 @@ def _settings():
     "The variables of lungdet that are set; of others of that prefix only that they are"
     return {k:(v if k in _SETTINGS else '(set)') for k,v in sorted(os.environ.items()) if k.startswith('LUNGDET_')}
 
-# %% ../nbs/16g_checkup.ipynb #221150bc
-_HOSTS = {'torchvision':'download.pytorch.org', 'timm':'huggingface.co'}
-def _weights(offline=False, timeout=2.):
-    "By library: can its pretrained weights be reached?"
-    def reach(host):
-        try: socket.create_connection((host,443), timeout).close()
-        except OSError as e: return f"no: {host}, {type(e).__name__}; a proxy would not show here"
-        return f'yes: {host}'
-    return {k:'not asked' if offline else reach(v) for k,v in _HOSTS.items()}
+# %% ../nbs/16g_checkup.ipynb #08487aab
+_HOSTS = {'torchvision':('download.pytorch.org',443), 'timm':('huggingface.co',443)}
 
-# %% ../nbs/16g_checkup.ipynb #a6dd95bc
-def checkup(offline:bool=False)->dict: # `{part: {what: answer}}`; a part that is broken has one entry, `broken`
-    "What is installed here, and what it can do; `offline` asks no network"
+def _reach(host, port, timeout=2.):
+    "Does anybody listen at `port` of `host`?"
+    try: socket.create_connection((host,port), timeout).close()
+    except OSError as e: return f"no: {host}, {type(e).__name__}; a proxy would not show here"
+    return f'yes: {host}'
+
+def _weights(offline=False):
+    "By library: can its pretrained weights be reached?"
+    return {k:'not asked' if offline else _reach(*v) for k,v in _HOSTS.items()}
+
+# %% ../nbs/16g_checkup.ipynb #788ba71b
+def checkup(
+    offline:bool=False # Ask no network?
+)->dict: # `{part: {what: answer}}`; a part that is broken has one entry, `broken`
+    "What is installed here, and what it can do"
     parts = dict(versions=_versions, extras=_extras, decoders=_decoders, device=_device, room=_room, settings=_settings, weights=lambda: _weights(offline))
     return {k:part(f) for k,f in parts.items()}
 
-def troubles(res:dict)->list: # Lines of text, the worst first
-    "What in `res`, from `checkup`, keeps lungdet from working"
+def troubles(
+    res:dict # From `checkup`
+)->list: # Lines of text, the worst first
+    "What in `res` keeps lungdet from working"
     bad = [f'{k}: {v["broken"]}' for k,v in res.items() if 'broken' in v]
     bad += [f'{k} is {v}' for k,v in res.get('versions', {}).items() if str(v).startswith(('broken','absent'))]
     room = res.get('room', {})

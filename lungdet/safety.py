@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['hostile_files', 'withstand', 'says_burned_in', 'letter_spots', 'burned_in_text']
 
-# %% ../nbs/16b_safety.ipynb #76eda5ff
+# %% ../nbs/16b_safety.ipynb #abc49eb1
 import cv2, io, numpy as np, pandas as pd, pickle, tracemalloc, zipfile
 from pathlib import Path
 from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 from .core import XYXY
-from .dicom import MAX_BYTES, read_dicom, to_gray, _text
-from .convert import sources
+from .dicom import _text
 
 # %% ../nbs/16b_safety.ipynb #cc4cbe75
 def _picture(**header):
@@ -74,16 +73,18 @@ def withstand(
         rows[k] = dict(outcome=outcome, peak=round(peak), why=why.replace(str(Path(p).parent)+'/', ''))
     return pd.DataFrame(rows).T
 
-# %% ../nbs/16b_safety.ipynb #acea1cc2
-def says_burned_in(ds)->bool|None: # None: it does not say
+# %% ../nbs/16b_safety.ipynb #b511bff6
+def says_burned_in(
+    ds         # Header of a DICOM, from `read_dicom`
+)->bool|None:  # None: it does not say
     "What the header `ds` says about text in its pixels"
     return dict(YES=True, NO=False).get(_text(ds, 'BurnedInAnnotation').upper())
 
-# %% ../nbs/16b_safety.ipynb #411f3a5f
+# %% ../nbs/16b_safety.ipynb #a5673ac8
 def letter_spots(
     gray:np.ndarray,  # uint8 (h,w)
     contrast:float=60 # Least difference to the ground, of 255
-)->np.ndarray:        # Corners and contrast, (n,5), of a picture with a long side of at most 1024 px; and the scale to it
+)->tuple:             # Corners and contrast, (n,5), in a picture with a long side of at most 1024 px; and the scale to it
     "Spots of `gray` that could be letters of 7 to 48 px: thin, bright, even, on even ground"
     k = min(1, 1024/max(gray.shape))
     a = cv2.resize(gray, None, fx=k, fy=k, interpolation=cv2.INTER_AREA) if k<1 else gray

@@ -43,14 +43,22 @@ def test_a_bad_data_folder_is_one_trouble(tmp_path):
     res = json.loads(r.stdout)
     assert r.returncode==1 and 'LUNGDET_DATA' in res['room']['broken'] and res['versions']['python']
 
-def test_weights(monkeypatch):
-    def no(*a, **kw): raise socket.timeout('timed out')
-    monkeypatch.setattr(socket, 'create_connection', no)
-    assert all(v.startswith('no:') for v in ch._weights().values())
+def test_weights_of_a_host_that_is_there_and_of_one_that_is_not(monkeypatch):
+    "A real server on this machine, and a port that was its own"
+    with socket.create_server(('127.0.0.1',0)) as server:
+        here = server.getsockname()
+        monkeypatch.setattr(ch, '_HOSTS', dict(here=here))
+        assert ch._weights()=={'here':'yes: 127.0.0.1'} and ch.checkup()['weights']['here'].startswith('yes')
+        server.settimeout(5)
+        with server.accept()[0] as c: c.settimeout(5); assert c.recv(1)==b'' # connected, asked nothing, and hung up
+    assert ch._weights()=={'here':'no: 127.0.0.1, ConnectionRefusedError; a proxy would not show here'}
+    monkeypatch.setattr(ch, '_HOSTS', dict(nowhere=('no-such-host.invalid',443)))
+    assert ch._weights()['nowhere'].startswith('no: no-such-host.invalid, ')
+
+def test_offline_asks_nobody(monkeypatch):
     def never(*a, **kw): raise AssertionError('the network was asked')
     monkeypatch.setattr(socket, 'create_connection', never)
-    ch.checkup(offline=True)
-    assert set(ch._weights(offline=True).values())=={'not asked'}
+    assert set(ch.checkup(offline=True)['weights'].values())=={'not asked'}
 
 def test_room_of_a_container():
     free = ch._free_gb()

@@ -9,7 +9,7 @@ from lungdet.convert import convert_folder, sources
 from lungdet.core import XYXY
 from lungdet.dicom import DicomError, read_dicom, to_gray
 from lungdet.learner import load_detector
-from lungdet.safety import burned_in_text, hostile_files, letter_spots, says_burned_in, withstand
+from lungdet.safety import burned_in_text, hostile_files, says_burned_in, withstand
 from lungdet.single import load_weights
 
 def pictures(path, most=2**20): return [to_gray(read_dicom(str(s), s.read(most), most)) for s in sources(path).values()]
