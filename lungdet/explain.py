@@ -6,19 +6,18 @@
 __all__ = ['found_by', 'score_maps', 'show_map', 'grad_cam', 'image_logit', 'anchor_logit', 'score_without', 'explain',
            'in_words', 'show_explanation']
 
-# %% ../nbs/16e_explain.ipynb #4bab595c
+# %% ../nbs/16e_explain.ipynb #99dca39b
 import math, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-import torch.nn.functional as F
 from types import SimpleNamespace
 from torch import Tensor
-from .core import MUTED, PRED, XYXY, show_boxes, show_image
+from .core import PRED, show_boxes, show_image
 from .boxes import clip_boxes, iou
 from .data import PAD
 from .anchors import Anchors, decode
 from .retinanet import RetinaNet
 from .decode import lesion_prob, postprocess
 
-# %% ../nbs/16e_explain.ipynb #4a8b03cc
+# %% ../nbs/16e_explain.ipynb #ad49989a
 def found_by(
     det:Tensor,   # Detections on one picture: corners, score and label, (n,6)
     preds:tuple,  # The raw answers for it, as a `RetinaNet` gives them, (1,A,K), (1,A,4), ...
@@ -33,7 +32,7 @@ def found_by(
     if preds[0].shape[0]!=1: raise ValueError(f"the answers are for {preds[0].shape[0]} pictures, detections of one are explained; take tuple(o[[i]] for o in preds)")
     det = det[det[:,5]!=PAD]
     logits,deltas,*image = (o[0].detach().float() for o in preds)                                 # (A,K), (A,4)
-    a,scores = anchors(*size, logits.device, len(logits)),logits.sigmoid()
+    a,scores = anchors(size[0], size[1], logits.device, len(logits)),logits.sigmoid()
     if image: scores = scores*lesion_prob(image[0][None], lesion)
     b,grid,counts,rows = clip_boxes(decode(deltas, a), size),anchors.grid(*size),anchors.counts(*size),[]
     for d in det.to(b.device):
@@ -62,14 +61,15 @@ def score_maps(
     parts = s.split(anchors.counts(*size))
     return {l:p.reshape(r,c,-1).amax(-1).cpu().numpy() for l,p,(r,c) in zip(anchors.levels, parts, anchors.grid(*size))}
 
-# %% ../nbs/16e_explain.ipynb #81d727f0
+# %% ../nbs/16e_explain.ipynb #7f1180e1
 def show_map(
     im, # Picture, as `show_image` takes it
     m:np.ndarray, # Values of its cells, (rows,cols)
     stride:float, # Pixels from one cell to the next
     centre:float=0, # Where the middle of the first cell lies, px
     vmax:float|None=None, # The value drawn most strongly; the largest of `m` if None
-    ax=None, title=None # As in `show_image`
+    ax=None, # As in `show_image`
+    title=None # As in `show_image`
 ): # The axes
     "Lay `m` over `im`, the more opaque the higher"
     ax,(h,w) = show_image(im, ax, title),np.asarray(im).shape[:2]
@@ -79,7 +79,7 @@ def show_map(
     ax.set(xlim=(-.5,w-.5), ylim=(h-.5,-.5))
     return ax
 
-# %% ../nbs/16e_explain.ipynb #077fbf5d
+# %% ../nbs/16e_explain.ipynb #48e5f0d6
 def grad_cam(
     model:RetinaNet, # In evaluation mode
     x:Tensor,  # One picture, normalised, (1,C,h,w)
@@ -101,13 +101,19 @@ def grad_cam(
     w = g.mean((2,3), keepdim=True) if average else g
     return (w*kept[stage-3].detach()).sum(1)[0].relu().float().cpu().numpy()
 
-def image_logit(outs:tuple, lesion:int=-1)->Tensor: # ()
+def image_logit(
+    outs:tuple, # The raw answers for one picture
+    lesion:int=-1 # As in `postprocess`
+)->Tensor: # ()
     "Log-odds that the image shows a lesion, from the raw answers for one picture"
     if len(outs)<3: raise ValueError("this model has no image head; explain a detection instead: grad_cam(model, x, anchor_logit(index))")
     p = lesion_prob(outs[2].double(), lesion)[0]
     return torch.logit(p, eps=1e-12)
 
-def anchor_logit(index:int, label:int=0): # A function for `grad_cam`
+def anchor_logit(
+    index:int, # Number of the anchor, `anchor` in the table of `found_by`
+    label:int=0 # Which class
+): # A function for `grad_cam`
     "The log-odds of `label` at the anchor `index`, as `found_by` gives it"
     return lambda outs: outs[0][0,index,label]
 
@@ -131,7 +137,7 @@ def score_without(
         res.append(of(model(y, *(() if meta is None else (meta,)))).sigmoid().item())
     return res
 
-# %% ../nbs/16e_explain.ipynb #416b0c68
+# %% ../nbs/16e_explain.ipynb #2cac37f7
 def explain(
     model:RetinaNet, # In evaluation mode
     x:Tensor,        # One picture, normalised, (1,C,h,w)
@@ -153,8 +159,10 @@ def explain(
                            cam=grad_cam(model, x, anchor_logit(who.anchor, label), meta, stage),
                            image=None if model.image_head is None else grad_cam(model, x, lambda o: image_logit(o, lesion), meta))
 
-def in_words(e:SimpleNamespace)->str: # From `explain`
-    "What `e` says, in two sentences"
+def in_words(
+    e:SimpleNamespace # From `explain`
+)->str: # Two sentences
+    "What `e` says, for people who have never heard of an anchor"
     x1,y1,x2,y2 = e.det[:4].tolist()
     ax1,ay1,ax2,ay2 = e.who.ax1,e.who.ay1,e.who.ax2,e.who.ay2
     moved = math.hypot((x1+x2-ax1-ax2)/2, (y1+y2-ay1-ay2)/2)

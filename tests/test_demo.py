@@ -1,7 +1,6 @@
 "The demo page: a real upload in a real browser, and requests that no browser of ours would send"
 import asyncio, base64, http.client, json, subprocess, sys, tempfile, threading, time, urllib.error, urllib.request
 import cv2, numpy as np, pandas as pd, pytest, torch
-from pathlib import Path
 from lungdet.anchors import Anchors
 from lungdet.convert import encode_png
 from lungdet.demo import demo_app, demo_page, free_port, look, main, serve_in_background
@@ -9,7 +8,7 @@ from lungdet.detector import Detector
 from lungdet.operate import OperatingPoint
 from lungdet.retinanet import RetinaNet
 from lungdet.single import Backbone
-from dicoms import chest, jpeg, save, stored
+from dicoms import chest, jpeg, save
 
 EVIL = '<img src=x onerror=alert(1)>'
 

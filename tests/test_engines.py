@@ -2,7 +2,7 @@
 import subprocess, sys
 import pytest, torch
 from torch import nn
-import lungdet.metadata
+import lungdet.metadata # noqa: F401, brings the models that are told age, sex and view
 from lungdet.data import PAD
 from lungdet.anchors import Anchors
 from lungdet.decode import postprocess

@@ -2,7 +2,7 @@
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-import lungdet.metadata
+import lungdet.metadata # noqa: F401, brings the models that are told age, sex and view
 from lungdet.anchors import Anchors, decode
 from lungdet.boxes import clip_boxes
 from lungdet.data import PAD
