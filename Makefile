@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+EXTRAS := offline-weights,codecs,track,volumes,export,dicom-out,demo,docs
 # an index with PyTorch's CPU builds, if 2.5 GB of GPU packages are to be left out
 TORCH_INDEX ?=
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated
@@ -13,7 +14,7 @@ override LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
 export LUNGDET_DATA
 endif
 
-.PHONY: help env course test notebooks pytest check lab outputs readme docs clean
+.PHONY: help env course test notebooks pytest check lab outputs readme docs wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -24,7 +25,7 @@ $(READY): constraints.txt pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,offline-weights,codecs,track,volumes,export,dicom-out,demo,docs]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,$(EXTRAS)]'
 	touch $@
 
 course: $(READY) ## Run the whole course and write _course/report.html (LUNGDET_DATA=folder for the real challenge)
@@ -53,5 +54,12 @@ readme: $(READY) ## Write README.md from nbs/index.ipynb
 docs: $(READY) ## Build the site in _docs/
 	$(BIN)/python tools/docs.py --strict
 
+wheel: ## Build the package, install it into an empty environment with the newest versions of all it needs, and run tests/ there
+	rm -rf _dist && $(PYTHON) -m venv _dist/venv
+	_dist/venv/bin/pip install -q --disable-pip-version-check build
+	_dist/venv/bin/python -m build --wheel -o _dist . >_dist/build.log
+	_dist/venv/bin/pip install -q --disable-pip-version-check "$$(echo _dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis pycocotools torchxrayvision playwright 'dask[distributed]'
+	LUNGDET_UNPINNED=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/_dist/venv/bin:$$PATH" _dist/venv/bin/pytest -n 2 --dist loadfile
+
 clean: ## Delete what was made (not .venv)
-	rm -rf _course _docs data/work
+	rm -rf _course _docs _dist build data/work

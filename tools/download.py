@@ -12,7 +12,7 @@ def size(url:str)->int:
     with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=60) as o: return int(o.headers['Content-Length'])
 
 def main():
-    what = re.search(r"-e '(\.\[.+?\])'", (ROOT/'Makefile').read_text())[1]
+    what = '.[dev,'+re.search(r'^EXTRAS := (.+)$', (ROOT/'Makefile').read_text(), re.M)[1]+']'
     with tempfile.TemporaryDirectory() as d:
         cmd = [sys.executable,'-m','pip','install','-q','--dry-run','--ignore-installed','--report',f'{d}/report.json','-c','constraints.txt',what]
         subprocess.run(cmd, cwd=ROOT, check=True)
