@@ -1,4 +1,5 @@
 "Fusion of tables against the literal one, properties of ensembles, looks"
+import lungdet.metadata # noqa: F401, fills `conditions`
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from lungdet.anchors import Anchors

@@ -8,6 +8,7 @@ from lungdet.checkpoint import Checkpoint
 from lungdet.checks import check_learner
 from lungdet.core import make_studies
 from lungdet.data import *
+from lungdet.ensemble import detect_tta # noqa: F401, brings `tta`
 from lungdet.evaluate import coco_map
 from lungdet.formats import Annotations, read_rsna
 from lungdet.learner import *
