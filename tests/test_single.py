@@ -2,8 +2,7 @@
 import json, cv2, numpy as np, pandas as pd, pytest, timm, torch, torchvision
 from pathlib import Path
 from types import SimpleNamespace
-from fastai.vision.all import params, set_seed
-from pydicom import dcmread
+from fastai.vision.all import set_seed
 from lungdet.core import XYXY, describe, write_study
 from lungdet.boxes import xywh2xyxy
 from lungdet.data import PAD, largest_box, single_box_dls
