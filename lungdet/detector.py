@@ -196,7 +196,7 @@ def items_of(
     if not res: raise ValueError("there is nothing to look at; is the list empty?")
     return res
 
-# %% ../nbs/16a_detector.ipynb #aa354dc5
+# %% ../nbs/16a_detector.ipynb #209e4637
 MOST_ELEMENTS = 200_000 # of one DICOM
 
 class _Endless(Exception): "More elements than anybody has time to read"
@@ -206,7 +206,7 @@ class _Counted(io.BytesIO):
     left = MOST_ELEMENTS
     def read(self, *args):
         self.left -= 1
-        if self.left<0: raise _Endless
+        if self.left<0: raise _Endless(f"more than {MOST_ELEMENTS:,} elements, where a radiograph has some hundred")
         return super().read(*args)
 
 def _walk(data):
@@ -225,8 +225,9 @@ def affordable(
     try:
         ds = _walk(data)
         for k in ('ModalityLUTSequence','VOILUTSequence'): # parsed when the picture is made
-            if k in ds and getattr(ds.get_item(k), 'length', 0) in range(2**21, 2**32-1): raise _Endless
-    except _Endless: raise DicomError(name, f"more than {MOST_ELEMENTS:,} elements, where a radiograph has some hundred; it is not read") from None
+            n = getattr(ds.get_item(k), 'length', 0) if k in ds else 0
+            if 2**21<n<2**32-1: raise _Endless(f"a {k} of {n:,} bytes, in which there is room for too many elements")
+    except _Endless as e: raise DicomError(name, f"{e}; it is not read") from None
     except Exception: pass # of another kind
 
 # %% ../nbs/16a_detector.ipynb #aa69cd5a
