@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/07d_localconv.ipynb #d5b57586
+# %% ../nbs/07d_localconv.ipynb #30fab6bd
 def spans(
-    on:Tensor,  # What has to be inside, bool (k,n), at least one in each row
+    on:Tensor,   # What has to be inside, bool (k,n), at least one in each row
     margin:int=1 # Places to add on both sides
-)->tuple:       # First place of each row (k,), and the one length of all
+)->tuple:        # First place of each row (k,), and the one length of all
     "The shortest spans of one length that hold all of `on`, each inside of its row"
     n = on.shape[1]
     first,last = on.int().argmax(1),n-1-on.flip(1).int().argmax(1)                        # (k,)
@@ -48,10 +48,14 @@ class _Local(torch.autograd.Function):
         for a,d in zip(at, dx): full[a] = d
         return full,dw,db
 
-# %% ../nbs/07d_localconv.ipynb #b7dc3132
+# %% ../nbs/07d_localconv.ipynb #7dd3a22c
 class LocalConv2d(nn.Conv2d):
     "A 3x3 convolution of `c_in` to `c_out` channels, padded by one, that is as fast as its gradient is local"
-    def __init__(self, c_in:int, c_out:int, bias:bool=True): super().__init__(c_in, c_out, 3, padding=1, bias=bias)
+    def __init__(self,
+        c_in:int,  # Channels it reads
+        c_out:int, # Channels it gives
+        bias:bool=True # Does it add a number to each channel?
+    ): super().__init__(c_in, c_out, 3, padding=1, bias=bias)
     def forward(self, x):
         plain = not torch.is_grad_enabled() or x.device.type!='cpu' or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()
         return super().forward(x) if plain else _Local.apply(x, self.weight, self.bias)

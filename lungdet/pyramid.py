@@ -48,12 +48,12 @@ class FPN(nn.Module):
         if 7 in self.levels: out.append(self.p7(out[-1].relu()))
         return out # each (N,width,h/2**l,w/2**l)
 
-# %% ../nbs/07c_pyramid.ipynb #3534f0ad
+# %% ../nbs/07c_pyramid.ipynb #0bea784d
 class Fuse(nn.Module):
     "Weighted sum of `n` maps (N,width,r,c), then a separable convolution"
     def __init__(self,
         n:int,    # Maps to add
-        width:int, # Their channels
+        width:int, # Channels of each
         eps:float=1e-4 # Added to the sum of the weights, so that it is never 0
     ):
         super().__init__()
@@ -66,10 +66,13 @@ class Fuse(nn.Module):
         return w/(w.sum()+self.eps)
     def forward(self, *maps): return self.conv(F.silu(sum(w*m for w,m in zip(self.weights(), maps))))
 
-# %% ../nbs/07c_pyramid.ipynb #6f18794f
+# %% ../nbs/07c_pyramid.ipynb #20216511
 class BiFPNRound(nn.Module):
     "One way down and one way up through `n` levels of `width` channels"
-    def __init__(self, n:int, width:int):
+    def __init__(self,
+        n:int,    # Levels
+        width:int # Channels of every level
+    ):
         super().__init__()
         self.down = nn.ModuleList(Fuse(2, width) for _ in range(n-1))                       # finest first
         self.up = nn.ModuleList(Fuse(3 if i<n-1 else 2, width) for i in range(1,n))

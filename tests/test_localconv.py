@@ -1,5 +1,5 @@
 "A convolution that goes back to a window only, against the one that goes everywhere"
-import pytest, torch
+import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from lungdet.localconv import *
