@@ -53,7 +53,7 @@ def _merged(b, s, n, k, K, merge, thr, score_thr):
         out.append((mb, ms, n.new_full((len(ms),), image), k.new_full((len(ms),), label)))
     return tuple(torch.cat(o) for o in zip(*out)) if out else (b,s,n,k)
 
-# %% ../nbs/08a_decode.ipynb #5982c3a9
+# %% ../nbs/08a_decode.ipynb #d7cba36f
 @torch.no_grad()
 def postprocess(
     preds:tuple, # What a `RetinaNet` gives: class scores before the sigmoid (N,A,K), corrections (N,A,4), and maybe image categories (N,K')
@@ -67,22 +67,25 @@ def postprocess(
     lesion:int=-1    # The image category that means a lesion, if there are several
 )->Tensor: # Corners in pixels, score and label of each, best first, `PAD` as label where there is none, (N,max_det,6)
     "Detections that the raw answers of a model stand for"
-    size = (size,size) if isinstance(size,int) else tuple(size)
+    h,w = (size,size) if isinstance(size,int) else size
     if merge!='nms' and merge not in merges: raise ValueError(f"merge={merge!r} is not known; take one of {['nms',*merges]}")
     logits,deltas,*image = (o.float() for o in preds)                                           # (N,A,K), (N,A,4), [(N,K')]
-    a,scores = anchors(*size, logits.device, logits.shape[1]),logits.sigmoid()
+    a,scores = anchors(h, w, logits.device, logits.shape[1]),logits.sigmoid()
     if image: scores = scores*lesion_prob(image[0], lesion)[:,None,None]
-    n,i,k,s = _candidates(scores, anchors, size, score_thr, topk)
-    b = clip_boxes(decode(deltas[n,i], a[i]), size)                                             # (n,4)
+    n,i,k,s = _candidates(scores, anchors, (h,w), score_thr, topk)
+    b = clip_boxes(decode(deltas[n,i], a[i]), (h,w))                                            # (n,4)
     ok = area(b)>0
     b,s,n,k = _merged(b[ok], s[ok], n[ok], k[ok], scores.shape[2], merge, nms_thr, score_thr)
     keep = best_of(s, n, max_det)
     n = n[keep]
     out = a.new_zeros(len(scores), max_det, 6)
     out[...,5] = PAD
-    out[n,torch.arange(len(n), device=n.device)-torch.searchsorted(n, n)] = torch.cat([clip_boxes(b[keep],size), s[keep,None], k[keep,None].float()], 1)
+    out[n,torch.arange(len(n), device=n.device)-torch.searchsorted(n, n)] = torch.cat([clip_boxes(b[keep],(h,w)), s[keep,None], k[keep,None].float()], 1)
     return out
 
-def lesion_prob(image_logits:Tensor, lesion:int=-1)->Tensor: # (N,K'), and which of them; (N,)
+def lesion_prob(
+    image_logits:Tensor, # Image categories before sigmoid or softmax, (N,K')
+    lesion:int=-1        # The category that means a lesion, if there are several
+)->Tensor:               # (N,)
     "Probability that an image shows a lesion"
     return image_logits[:,0].sigmoid() if image_logits.shape[1]==1 else image_logits.softmax(1)[:,lesion]

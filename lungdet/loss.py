@@ -6,9 +6,10 @@
 __all__ = ['box_losses', 'focal_loss', 'l1_loss', 'smooth_l1_loss', 'giou_loss', 'diou_loss', 'ciou_loss', 'batch_targets',
            'image_loss', 'RetinaLoss']
 
-# %% ../nbs/09_loss.ipynb #936d4093
+# %% ../nbs/09_loss.ipynb #ee3e54fd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchvision.ops import generalized_box_iou_loss, distance_box_iou_loss, complete_box_iou_loss
@@ -55,20 +56,45 @@ def focal_loss(
         targets = targets.to(z)
     return _Focal.apply(z, targets, a.to(z) if a.ndim else alpha, gamma)
 
-# %% ../nbs/09_loss.ipynb #27f2dbd5
-def l1_loss(deltas, boxes, anchors):
+# %% ../nbs/09_loss.ipynb #f26ec730
+def l1_loss(
+    deltas:Tensor, # Corrections that the network gives, (P,4)
+    boxes:Tensor,  # True box of each, pixels, (P,4)
+    anchors:Tensor # The anchors they correct, pixels, (P,4)
+)->Tensor:         # Loss of each, (P,)
     "For each box the sum of the four differences, in units of the anchor"
     return (deltas-encode(boxes,anchors)).abs().sum(-1)
-def smooth_l1_loss(deltas, boxes, anchors):
+
+def smooth_l1_loss(
+    deltas:Tensor, # Corrections that the network gives, (P,4)
+    boxes:Tensor,  # True box of each, pixels, (P,4)
+    anchors:Tensor # The anchors they correct, pixels, (P,4)
+)->Tensor:         # Loss of each, (P,)
     "The same, but quadratic for differences below 1/9"
     return F.smooth_l1_loss(deltas, encode(boxes,anchors), beta=1/9, reduction='none').sum(-1)
-def giou_loss(deltas, boxes, anchors):
+
+# %% ../nbs/09_loss.ipynb #59b08bde
+def giou_loss(
+    deltas:Tensor, # Corrections that the network gives, (P,4)
+    boxes:Tensor,  # True box of each, pixels, (P,4)
+    anchors:Tensor # The anchors they correct, pixels, (P,4)
+)->Tensor:         # Loss of each, (P,)
     "1-GIoU of each corrected anchor with its box"
     return generalized_box_iou_loss(decode(deltas,anchors), boxes)
-def diou_loss(deltas, boxes, anchors):
+
+def diou_loss(
+    deltas:Tensor, # Corrections that the network gives, (P,4)
+    boxes:Tensor,  # True box of each, pixels, (P,4)
+    anchors:Tensor # The anchors they correct, pixels, (P,4)
+)->Tensor:         # Loss of each, (P,)
     "1-DIoU of each corrected anchor with its box"
     return distance_box_iou_loss(decode(deltas,anchors), boxes)
-def ciou_loss(deltas, boxes, anchors):
+
+def ciou_loss(
+    deltas:Tensor, # Corrections that the network gives, (P,4)
+    boxes:Tensor,  # True box of each, pixels, (P,4)
+    anchors:Tensor # The anchors they correct, pixels, (P,4)
+)->Tensor:         # Loss of each, (P,)
     "1-CIoU of each corrected anchor with its box; it divides by the sides, which are therefore taken to be .01 px at least"
     lt,rb = decode(deltas,anchors).split(2,-1)
     return complete_box_iou_loss(torch.cat([lt, torch.max(rb,lt+.01)], -1), boxes)
@@ -104,7 +130,7 @@ def image_loss(
     if category.max()>=logits.shape[1]: raise ValueError(f"category {category.max()} of {logits.shape[1]}; are they counted from 0?")
     return F.cross_entropy(logits, category, ignore_index=PAD, reduction='sum')/(category!=PAD).sum().clamp(min=1)
 
-# %% ../nbs/09_loss.ipynb #81964ccd
+# %% ../nbs/09_loss.ipynb #17166ab5
 class RetinaLoss:
     "Focal loss of all anchors, box loss of those that answer for a box, and a loss of the whole picture if the model judges it"
     def __init__(self,
@@ -124,41 +150,16 @@ class RetinaLoss:
         if normalise not in ('image','batch','running'): raise ValueError(f"normalise={normalise!r} must be 'image', 'batch' or 'running'")
         if not 0<=smoothing<1: raise ValueError(f"smoothing is {smoothing}; from 1 on, lesion and background would be the same")
         a = _shares(alpha)
-        self.anchors,self.size,self.alpha,self.gamma,self.smoothing = anchors,size,a.clone() if a.ndim else float(a if isinstance(alpha,Tensor) else alpha),gamma,smoothing
+        self.anchors,self.size,self.gamma,self.smoothing = anchors,size,gamma,smoothing
+        self.alpha = a.clone() if isinstance(alpha, list) or a.ndim else float(alpha)
         focal_loss(torch.zeros(max(1,self.n_alpha)), 0., self.alpha, gamma) # complains
         self.box_loss,self.box_weight,self.image_weight = box_losses[box_loss],box_weight,image_weight
         self.matcher,self.normalise,self.positives = (matchers[matcher]() if isinstance(matcher,str) else matcher),normalise,100. # `positives`: the running mean of a batch
 
     @property
-    def n_alpha(self): return len(self.alpha) if isinstance(self.alpha, Tensor) else 0
-
-    def check_classes(self, k):
-        "A `ValueError` if there is an alpha for each class, but not for `k` classes"
-        if self.n_alpha not in (0,k): raise ValueError(f"alpha has {self.n_alpha} numbers, and there are {k} classes; one for all, or one for each in their order")
-
-    def share(self, n):
-        "What the sums of each picture are multiplied by, (N,), given how many positives it has, (N,)"
-        if self.normalise=='image': return 1/n.clamp(min=1)/len(n)
-        total = n.sum().clamp(min=1)
-        if self.normalise=='running':
-            self.now = total = .9*self.positives+.1*total.item() if torch.is_grad_enabled() else self.positives
-        return torch.ones_like(n, dtype=torch.float32)/total
-
-    def terms(self, preds, boxes, labels, category=None):
-        "Mean losses `cls`, `box` and perhaps `image` of a batch, as a dict"
-        z,d,*image = (o.as_subclass(Tensor).float() for o in preds)                            # (N,A,K), (N,A,4), (N,K')
-        boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(*self.size, z.device, z.shape[1])
-        counts = self.anchors.counts(*self.size)
-        asked,i,j,b,l = batch_targets(boxes, labels, a, counts, self.matcher)
-        if len(l) and l.max()>=z.shape[2]: raise ValueError(f"label {l.max()} of {z.shape[2]} classes; are they counted from 0?")
-        self.check_classes(z.shape[2])
-        alpha = self.alpha.to(z.device) if self.n_alpha else self.alpha                        # (K,) or one
-        share,w = self.share(i.bincount(minlength=len(z))),asked[...,None].expand_as(z).float()
-        w[i,j,l] = 0                                                                           # asked for a 1 below
-        no = focal_loss(z, self.smoothing/2, alpha, self.gamma).mul(w).sum((1,2))              # (N,)
-        yes = focal_loss(z[i,j,l], 1-self.smoothing/2, alpha[l] if self.n_alpha else alpha, self.gamma) # (P,)
-        res = dict(cls=(no*share).sum()+(yes*share[i]).sum(), box=(self.box_loss(d[i,j],b,a[j])*share[i]).sum())
-        return res | {'image':image_loss(o, labels, None if category is None else category.as_subclass(Tensor).long()) for o in image}
+    def n_alpha(self)->int:
+        "How many classes have an alpha of their own; 0 if there is one for all"
+        return len(self.alpha) if isinstance(self.alpha, Tensor) else 0
 
     def __call__(self, preds, boxes, labels, category=None):
         t = self.terms(preds, boxes, labels, category)
@@ -168,3 +169,45 @@ class RetinaLoss:
     def decodes(self, preds):
         "Raw answers as detections (N,D,6), for `show_results`"
         return postprocess(preds, self.anchors, self.size)
+
+# %% ../nbs/09_loss.ipynb #7a46dda9
+@patch
+def share(self:RetinaLoss,
+    n:Tensor # How many positives each picture has, integers, (N,)
+)->Tensor:   # (N,)
+    "What the sums of each picture are multiplied by"
+    if self.normalise=='image': return 1/n.clamp(min=1)/len(n)
+    total = n.sum().clamp(min=1)
+    if self.normalise=='running':
+        self.now = total = .9*self.positives+.1*total.item() if torch.is_grad_enabled() else self.positives
+    return torch.ones_like(n, dtype=torch.float32)/total
+
+# %% ../nbs/09_loss.ipynb #5b017e9c
+@patch
+def check_classes(self:RetinaLoss,
+    k:int # How many classes the model tells apart
+):
+    "A `ValueError` if there is an alpha for each class, but not for `k` classes"
+    if self.n_alpha not in (0,k): raise ValueError(f"alpha has {self.n_alpha} numbers, and there are {k} classes; one for all, or one for each in their order")
+
+@patch
+def terms(self:RetinaLoss,
+    preds:tuple,   # What a `RetinaNet` gives: class scores before the sigmoid (N,A,K), corrections (N,A,4), and maybe image categories (N,K')
+    boxes:Tensor,  # True boxes in pixels, (N,M,4)
+    labels:Tensor, # Their classes, `PAD` where there is no box, (N,M)
+    category:Tensor|None=None # Category of each picture, `PAD` if unknown, (N,); needed if the model tells several apart
+)->dict:           # Tensors of one number: `cls`, `box`, and `image` if the model judges the picture
+    "Mean losses of a batch"
+    z,d,*image = (o.as_subclass(Tensor).float() for o in preds)                            # (N,A,K), (N,A,4), (N,K')
+    boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(*self.size, z.device, z.shape[1])
+    counts = self.anchors.counts(*self.size)
+    asked,i,j,b,l = batch_targets(boxes, labels, a, counts, self.matcher)
+    if len(l) and l.max()>=z.shape[2]: raise ValueError(f"label {l.max()} of {z.shape[2]} classes; are they counted from 0?")
+    self.check_classes(z.shape[2])
+    alpha = self.alpha.to(z.device) if self.n_alpha else self.alpha                        # (K,) or one
+    share,w = self.share(i.bincount(minlength=len(z))),asked[...,None].expand_as(z).float()
+    w[i,j,l] = 0                                                                           # asked for a 1 below
+    no = focal_loss(z, self.smoothing/2, alpha, self.gamma).mul(w).sum((1,2))              # (N,)
+    yes = focal_loss(z[i,j,l], 1-self.smoothing/2, alpha[l] if self.n_alpha else alpha, self.gamma) # (P,)
+    res = dict(cls=(no*share).sum()+(yes*share[i]).sum(), box=(self.box_loss(d[i,j],b,a[j])*share[i]).sum())
+    return res | {'image':image_loss(o, labels, None if category is None else category.as_subclass(Tensor).long()) for o in image}

@@ -46,22 +46,27 @@ def fold_norms(
         setattr(m, k, nn.Sequential(*acts) if acts else nn.Identity())
     return len(pairs)
 
-# %% ../nbs/08c_speed.ipynb #e801ba2a
-def best_dtype(device='cpu')->torch.dtype:
+# %% ../nbs/08c_speed.ipynb #3fd73f1e
+def best_dtype(
+    device:str|torch.device='cpu' # Where the network will run
+)->torch.dtype:                   # bfloat16, float16 or float32
     "The fastest type for a network on `device`: bfloat16 where the hardware multiplies it, float32 elsewhere"
     if torch.device(device).type=='cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has = getattr(torch.cpu, 'get_capabilities', dict)() if torch.device(device).type=='cpu' else {}
     return torch.bfloat16 if any(has.get(o) for o in ('avx512_bf16','amx_bf16','bf16')) else torch.float32 # the last is ARM's
 
-# %% ../nbs/08c_speed.ipynb #4df2a01c
+# %% ../nbs/08c_speed.ipynb #5d4b37ca
 class FastRetinaNet(nn.Module):
     "`model` in `dtype`: pictures (N,C,h,w) in any float type, and maybe metadata (N,m), to float32 answers, as those of `RetinaNet`"
-    def __init__(self, model:nn.Module, dtype:torch.dtype):
+    def __init__(self,
+        model:nn.Module,  # A `RetinaNet` in evaluation mode, changed in place
+        dtype:torch.dtype # Type of its weights and features
+    ):
         super().__init__()
-        self.model,self.dtype = model.to(dtype, memory_format=torch.channels_last),dtype
+        self.model,self.dtype = model.to(dtype).to(memory_format=torch.channels_last),dtype
     def forward(self, x, meta=None): return tuple(o.float() for o in self.model(x.to(self.dtype, memory_format=torch.channels_last), *(() if meta is None else (meta,))))
 
-# %% ../nbs/08c_speed.ipynb #30a4f3f1
+# %% ../nbs/08c_speed.ipynb #4d8f2014
 def optimise_for_inference(
     model:RetinaNet, # Any model of this course; it stays as it is
     x:Tensor,        # A typical batch, (N,C,h,w)
@@ -76,4 +81,5 @@ def optimise_for_inference(
         off = max(((a-b).abs().max()/a.abs().max().clamp(min=1)).item() for a,b in zip(want, fast(x[:1])))
     if not off<1e-2: raise ValueError(f"without its norms the model answers differently, by {off:.2g}; does something read a convolution's output besides its norm?")
     fast = FastRetinaNet(fast, dtype or best_dtype(x.device)).eval()
-    return torch.compile(fast) if compile else fast
+    if compile: fast.compile()
+    return fast

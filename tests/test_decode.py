@@ -5,7 +5,7 @@ from torchvision.models.detection import RetinaNet as TVRetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from lungdet.anchors import *
-from lungdet.boxes import area, iou
+from lungdet.boxes import area
 from lungdet.data import PAD
 from lungdet.decode import *
 

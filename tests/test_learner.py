@@ -143,7 +143,6 @@ def test_looks_at_other_sizes_give_boxes_of_the_original(tmp_path, size):
     h = learn.model.register_forward_hook(lambda m,i,o: seen.append(i[0].shape[-2:]))
     o = detect(learn, size=size, score_thr=.001); h.remove()
     assert set(seen)=={(size,size)} and len(o) and (o[['x2','y2']]<=512).all().all() and (o[['x1','y1']]>=0).all().all()
-    model = learn.model
     class Blind(nn.Module): # finds what is where the picture is white, whatever its size
         def forward(self, x):
             n = learn.loss_func.anchors(*x.shape[-2:])

@@ -1,8 +1,8 @@
 "Focal loss against float64, RetinaLoss against torchvision's RetinaNet, on awkward boxes, in every precision, on empty batches"
-import copy, math, numpy as np, pickle, pytest, torch
+import copy, numpy as np, pickle, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import TensorBase, TensorCategory
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import sigmoid_focal_loss

@@ -1,9 +1,7 @@
 "The whole network against both of torchvision's RetinaNets, with the same weights"
 import copy, pytest, torch
 from functools import partial
-from hypothesis import given, settings, strategies as st
 from torch import nn
-from torchvision.models import resnet50
 from torchvision.models.detection import RetinaNet as TVRetinaNet, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import RetinaNetHead
