@@ -31,7 +31,7 @@ def finding(
     "One answer; `why` is dropped if it is `ok`"
     return dict(check=check, found=str(found), expected=expected, ok=ok if ok is None else bool(ok), reason='' if ok else why)
 
-# %% ../nbs/11b_checks.ipynb #5c50f817
+# %% ../nbs/11b_checks.ipynb #d3f03a9c
 class Checks:
     "What was found, what was expected, and what is probably wrong"
     def __init__(self,
@@ -41,9 +41,13 @@ class Checks:
     ): self.table,self.batch,self.dl = pd.DataFrame(rows),batch,dl
 
     @property
-    def ok(self): return not self.failed
+    def ok(self):
+        "Is nothing wrong?"
+        return not self.failed
     @property
-    def failed(self): return [*dict.fromkeys(self.table.check[self.table.ok.eq(False)])]
+    def failed(self):
+        "Names of the checks that went wrong, each once"
+        return [*dict.fromkeys(self.table.check[self.table.ok.eq(False)])]
     def show(self, **kwargs):
         "Draw the batch with its boxes"
         return self.dl.show_batch(self.batch, **kwargs)
@@ -154,12 +158,13 @@ def expected_cls_loss(
     no,yes = (focal_loss(z, t, loss.alpha, loss.gamma) for t in (loss.smoothing/2,1-loss.smoothing/2))
     return (((asked.sum(1,keepdim=True)-pos)*no+pos*yes).sum(1)*loss.share(pos.sum(1))).sum().item()
 
-# %% ../nbs/11b_checks.ipynb #c9f4baff
+# %% ../nbs/11b_checks.ipynb #5d73e520
 def check_start(
     model:RetinaNet, # A model, in training mode
     loss:RetinaLoss, # Its loss
     cls:float,       # Class loss of the batch that follows, as `loss.terms` gives it
-    boxes:Tensor, labels:Tensor, # A batch, (N,M,4), (N,M)
+    boxes:Tensor,    # True boxes of that batch in pixels, (N,M,4)
+    labels:Tensor,   # Their classes, `PAD` where there is no box, (N,M)
     n_classes:int=1, # Classes that the model answers for
     prior:float=.01, # What its untrained anchors should say
     tol:float=.25    # Difference that is forgiven, a share
@@ -172,8 +177,11 @@ def check_start(
            "the answers of an untrained head should hardly differ; are the pictures normalised, and the features neither huge nor NaN?")
     return finding('first class loss', f'{cls:.3f}', f'{want:.3f}, a prior of {prior:g}', None if trained else not other and abs(cls/want-1)<tol, why)
 
-# %% ../nbs/11b_checks.ipynb #4817c42f
-def check_groups(model:RetinaNet, groups:list)->dict: # `groups` of parameters, as a splitter gives them
+# %% ../nbs/11b_checks.ipynb #76b8d8aa
+def check_groups(
+    model:RetinaNet, # The learner's model, or a copy of it
+    groups:list      # Its parameters, as the learner's splitter groups them
+)->dict:
     "Is every parameter of `model` in exactly one group?"
     names,ids = {id(p):k for k,p in model.named_parameters()},[id(p) for g in groups for p in g]
     none,twice = [k for i,k in names.items() if i not in ids],[names.get(i,'a stranger') for i in sorted(set(ids)) if ids.count(i)>1 or i not in names]

@@ -140,7 +140,7 @@ def test_killed_and_resumed_is_not_killed(tmp_path, make, when):
     close(state(whole), state(again))
 
 def test_a_finished_run_that_is_resumed_holds_the_average(tmp_path):
-    learn,cb,file = small(tmp_path),EMA(.9),tmp_path/'s.safetensors'
+    learn,cb = small(tmp_path),EMA(.9)
     with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[cb,Stop(KeyboardInterrupt,'after_epoch')])
     kept = {k:v.clone() for k,v in cb.state_dict().items()}
     cb2 = EMA(.9); cb2.load_state_dict(kept)

@@ -8,7 +8,7 @@ from lungdet.callbacks import *
 from lungdet.data import detection_dls
 from lungdet.formats import Annotations
 from lungdet.learner import detect, load_detector, retinanet_learner
-from test_average import Stop, Wrap, fit, flushed, group, small
+from test_average import Stop, Wrap, fit, flushed, group, small # noqa: F401 - two of them are fixtures
 from test_data import toy
 
 class Inside(Callback):
@@ -152,7 +152,7 @@ def test_best_is_written_when_it_improves(tmp_path, monitor, values, writes):
     fit(small(tmp_path, metrics=Told([9. if monitor=='error' else .01],monitor)), 1, cbs=again)
     assert again.best==best.best
 
-def test_best_is_the_average_without_what_shares_it(tmp_path, group):
+def test_best_is_the_average_without_what_shares_it(tmp_path, group): # noqa: F811 - the fixture
     file,seen = tmp_path/'m.safetensors',[]
     class Look(Callback):
         def after_epoch(self):

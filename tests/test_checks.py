@@ -1,11 +1,11 @@
 "Planted faults, each found by the check it is for; sound learners of every kind; nothing changed by looking"
-import copy, numpy as np, pandas as pd, pytest, random, torch
+import copy, numpy as np, pytest, random, torch
 from torch import nn
 from fastai.vision.all import ItemTransform, set_seed
 from lungdet.anchors import Anchors
 from lungdet.boxes import xyxy2xywh
 from lungdet.checks import *
-from lungdet.data import PAD, Normalise, detection_dls
+from lungdet.data import PAD, detection_dls
 from lungdet.formats import Annotations
 from lungdet.learner import retinanet_learner, retina_splitter
 from lungdet.loss import RetinaLoss

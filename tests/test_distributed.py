@@ -1,6 +1,6 @@
 "Parts of an epoch, and two processes against one"
 import os, subprocess, sys
-import pytest, torch
+import pytest
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from lungdet.data import detection_dls

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import set_seed
 from hypothesis import given, settings, strategies as st
 from torchvision.ops import nms as torch_nms
-from lungdet.evaluate import best_threshold, image_level, lesion_counts, precision_recall, rsna_score
+from lungdet.evaluate import best_threshold, image_level, precision_recall, rsna_score
 from lungdet.formats import Annotations
 from lungdet.learner import detect, retinanet_learner
 from lungdet.data import detection_dls

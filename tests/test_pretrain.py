@@ -9,7 +9,7 @@ from lungdet.formats import Annotations
 from lungdet.learner import retinanet_learner
 from lungdet.loss import image_loss
 from lungdet.pretrain import *
-from test_average import Stop, flushed
+from test_average import Stop, flushed # noqa: F401 - a fixture
 from test_callbacks import numbered
 from test_data import toy
 

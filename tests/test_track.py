@@ -1,5 +1,5 @@
 "Numbers that leave the run: read back from each tool's own files"
-import os, pytest
+import pytest
 from lungdet.data import detection_dls
 from lungdet.learner import retinanet_learner
 from lungdet.monitor import DetectionScores, history

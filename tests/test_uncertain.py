@@ -9,7 +9,6 @@ from lungdet.formats import Annotations
 from lungdet.splits import patients
 from lungdet.uncertain import *
 from lungdet.uncertain import BOX_FIGURES, FIGURES, IMAGE_FIGURES, LEAST
-from real import REAL, needs_real
 
 XYXY = ['x1','y1','x2','y2']
 
