@@ -42,7 +42,7 @@ def weights_of(
     finally:
         for t,o in zip(ts, own): t.data = o
 
-# %% ../nbs/11c_average.ipynb #b46249a7
+# %% ../nbs/11c_average.ipynb #ba0d3456
 class Averages(Callback):
     "Keep an average of the weights in `avg`, and end the fit with it"
     order,avg,kept,how = 55,None,None,{}
@@ -57,17 +57,23 @@ class Averages(Callback):
             if self.kept: self.avg.load_state_dict(self.kept)
             self.kept = None
         return self.avg
-    def finish(self): "What the average needs before it is used"
+    def finish(self): "What the average needs before it is used: nothing, unless a subclass says so"
     def after_fit(self):
         if self.kept: self.start() # a finished run that is resumed
         if self.avg is not None:
             self.finish()
             get_model(self.learn.model).load_state_dict(self.avg.module.state_dict())
         self.avg = None
-    def state_dict(self): return dict(self.kept or {}) if self.avg is None else dict(self.avg.state_dict())
-    def load_state_dict(self, d): self.avg,self.kept = None,d
+    def state_dict(self)->dict:
+        "What has to survive a kill"
+        return dict(self.kept or {}) if self.avg is None else dict(self.avg.state_dict())
+    def load_state_dict(self,
+        d:dict # As `state_dict` gave it
+    ):
+        "Go on from `d`"
+        self.avg,self.kept = None,d
 
-# %% ../nbs/11c_average.ipynb #fae2a009
+# %% ../nbs/11c_average.ipynb #d99e0ac6
 class EMA(Averages, Around):
     "An exponential moving average of the weights: validation sees it, `SaveBest` of the next chapter writes it, and after the fit the learner holds it"
     part = '_do_epoch_validate'
@@ -76,15 +82,25 @@ class EMA(Averages, Around):
     ):
         if not 0<=decay<1: raise ValueError(f"decay={decay} must be at least 0 and below 1; is it a rate? Then take 1 minus it")
         self.decay,self.how = decay,dict(multi_avg_fn=self.move, use_buffers=True)
-    def move(self, avg, now, n):
+    def move(self,
+        avg:list, # Averaged tensors, changed in place
+        now:list, # Those of the model, of the same shapes
+        n:int     # Steps that the average has seen before this one
+    ):
         "Move the tensors `avg` towards `now`, `n` steps after the first"
         if avg[0].is_floating_point(): torch._foreach_lerp_(avg, now, 1-min(self.decay, (1+float(n))/(10+float(n))))
         else: torch._foreach_copy_(avg, now)
     def after_step(self): self.update()
-    def around(self, learn): return averaged(learn)
+    def around(self,
+        learn:Learner # The learner that validates
+    ):
+        "A block with the averaged weights"
+        return averaged(learn)
 
 @contextmanager
-def averaged(learn:Learner):
+def averaged(
+    learn:Learner # With or without an `EMA`; nothing happens without
+):
     "Within this block the model of `learn` has its averaged weights, if a fit with an `EMA` is going on"
     ema = next((cb for cb in learn.cbs if isinstance(cb, EMA) and cb.avg is not None), None)
     with weights_of(get_model(learn.model), ema.avg.module) if ema else nullcontext(): yield

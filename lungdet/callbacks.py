@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Precision', 'Accumulate', 'SaveBest', 'batch_ids', 'StopOnNonFinite']
 
-# %% ../nbs/11c_callbacks.ipynb #1fe51f5d
+# %% ../nbs/11c_callbacks.ipynb #c0a66a8c
 import torch
 from contextlib import contextmanager, ExitStack
 from pathlib import Path
 from torch import Tensor
 from torch.amp import GradScaler
-from fastai.vision.all import (Callback, CancelBatchException, GradientAccumulation, L, MixedPrecision, TrackerCallback,
+from fastai.vision.all import (Callback, CancelBatchException, GradientAccumulation, L, Learner, MixedPrecision, TrackerCallback,
                                find_bs, get_model, num_distrib, rank_distrib, to_float)
 from .learner import save_detector
 from .average import Around, averaged
 
-# %% ../nbs/11c_callbacks.ipynb #1719e181
+# %% ../nbs/11c_callbacks.ipynb #f6f7bf45
 class Precision(Around, MixedPrecision):
     "The network in 16 bits, in training and in validation during the fit, on any device; its weights, answers and loss in 32"
     part,kept = '_do_one_batch',None
@@ -28,7 +28,10 @@ class Precision(Around, MixedPrecision):
         super().__init__(dtype, **kwargs)
         self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[dtype]
     @contextmanager
-    def around(self, learn):
+    def around(self,
+        learn:Learner # The learner whose batch it is
+    ):
+        "A block under autocast, which ends early once the model has answered"
         with ExitStack() as self.stack:
             self.stack.enter_context(torch.autocast(learn.dls.device.type, self.dtype))
             yield
@@ -42,10 +45,14 @@ class Precision(Around, MixedPrecision):
         if self.kept: self.learn.scaler.load_state_dict(self.kept)
         self.kept = None
     def after_fit(self): self.learn.scaler = None
-    def state_dict(self):
+    def state_dict(self)->dict:
+        "What has to survive a kill"
         scaler = getattr(self.learn, 'scaler', None)
         return scaler.state_dict() if scaler else self.kept or {}
-    def load_state_dict(self, d):
+    def load_state_dict(self,
+        d:dict # As `state_dict` gave it
+    ):
+        "Go on from `d`"
         if scaler := getattr(self.learn, 'scaler', None): scaler.load_state_dict(d)
         else: self.kept = d
 
@@ -65,7 +72,7 @@ class Accumulate(GradientAccumulation):
         if self.count!=self.n_acc: torch._foreach_mul_(grads, self.n_acc/self.count)
         self.count = 0
 
-# %% ../nbs/11c_callbacks.ipynb #c9f04b6b
+# %% ../nbs/11c_callbacks.ipynb #0ac89603
 class SaveBest(TrackerCallback):
     "Write the detector to `path`, by `save_detector`, whenever `monitor` improves; `best` is the value it had then"
     order = TrackerCallback.order+1
@@ -87,8 +94,14 @@ class SaveBest(TrackerCallback):
         super().after_epoch()
         if self.new_best and not rank_distrib():
             with averaged(self.learn), _unwrapped(self.learn): save_detector(self.learn, self.path)
-    def state_dict(self): return dict(best=None if self.best is None else float(self.best))
-    def load_state_dict(self, d): self.best = d['best']
+    def state_dict(self)->dict:
+        "What has to survive a kill"
+        return dict(best=None if self.best is None else float(self.best))
+    def load_state_dict(self,
+        d:dict # As `state_dict` gave it
+    ):
+        "Go on from `d`"
+        self.best = d['best']
 
 @contextmanager
 def _unwrapped(learn):

@@ -61,23 +61,25 @@ def classifier_learner(
     res.classes = dls.classes if net.image_head is None else dls.categories or ['any']
     return res
 
-# %% ../nbs/11c_pretrain.ipynb #3087bfe3
-def class_aucs(clf:Learner)->pd.DataFrame: # A learner of `classifier_learner`; rows are classes, with their number of `images` and `auc`
+# %% ../nbs/11c_pretrain.ipynb #f6d2722c
+def class_aucs(
+    clf:Learner    # A learner of `classifier_learner`
+)->pd.DataFrame:   # Rows are classes, with their number of `images` and `auc`
     "Area under the ROC curve of each class on the validation part"
     with clf.no_bar(): scores,targets = clf.get_preds()
     n,(_,labels,*category) = scores.shape[1],targets
     if category: truth = F.one_hot(category[0].as_subclass(Tensor).long()+(category[0]==PAD).long()*(n-PAD), n+1)[:,:n]
     else: truth = image_classes(labels, n) if len(clf.dls.classes)==n else (labels!=PAD).any(1, keepdim=True)
-    known = category[0]!=PAD if category else torch.ones(len(scores), dtype=bool)
+    known = category[0]!=PAD if category else torch.ones(len(scores), dtype=torch.bool)
     def auc(y, s): return roc_auc_score(y, s) if len(set(y.tolist()))==2 else float('nan')
     scores = scores.softmax(1) if category else scores
     truth,scores = truth[known],scores[known]
     return pd.DataFrame(dict(images=truth.sum(0).int().tolist(), auc=[auc(y,s) for y,s in zip(truth.T, scores.T)]), index=clf.classes)
 
-# %% ../nbs/11c_pretrain.ipynb #f12c35b1
+# %% ../nbs/11c_pretrain.ipynb #0494dfc9
 def classify_first(
     learn:Learner, # A learner of `retinanet_learner`; its backbone (and image head) are trained
-    epochs:int=3,
+    epochs:int=3,  # Epochs of this stage
     lr:float=1e-3, # Rate of the head; the backbone has from a twentieth of it on
     **kwargs       # For `Learner`, such as `cbs`
 )->pd.DataFrame:   # `class_aucs` after the training
