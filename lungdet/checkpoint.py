@@ -17,7 +17,7 @@ from fastai.vision.all import (Callback, Learner, L, CancelEpochException, Cance
 from .core import atomic_path
 from .loss import RetinaLoss
 
-# %% ../nbs/11d_checkpoint.ipynb #0add3423
+# %% ../nbs/11d_checkpoint.ipynb #16bc24c1
 KEPT = {TrackerCallback:['best','new_best','wait'], ParamScheduler:['hps'], ShowGraphCallback:['nb_batches'],
         GradientAccumulation:['count'], RetinaLoss:['positives']}
 
@@ -28,25 +28,34 @@ def kept(
     if hasattr(type(o), 'state_dict'): return o.state_dict()
     for kind,names in KEPT.items():
         if isinstance(o, kind): return {k:vars(o)[k] for k in names if k in vars(o)}
+    return None
 
-def remind(o, state:dict|None):
-    "Let `o` remember `state`, as `kept` gave it"
+def remind(
+    o,              # A callback or a loss function
+    state:dict|None # As `kept` gave it
+):
+    "Let `o` remember `state`"
     if hasattr(type(o), 'load_state_dict'): o.load_state_dict(state)
     else:
         for k,v in (state or {}).items(): setattr(o, k, v)
 
-# %% ../nbs/11d_checkpoint.ipynb #e7985137
+# %% ../nbs/11d_checkpoint.ipynb #f67fa7a8
 def _loaders(learn):
     "The loaders of `learn` that have their own dice; a distributed one holds the real one"
     return [o for o in (vars(dl).get('dl',dl) for dl in learn.dls.loaders) if 'rng' in vars(o)]
 
-def rng_state(learn:Learner)->dict:
+def rng_state(
+    learn:Learner # A learner, whose loaders are asked too
+)->dict:          # Lists, numbers and tensors
     "Where all the generators stand that `learn` draws from in this process"
     device,(name,words,*rest) = next(learn.model.parameters()).device,np.random.get_state()
     return dict(python=random.getstate(), numpy=[name,words.tolist(),*rest], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state(device) if device.type=='cuda' else None, loaders=[dl.rng.getstate() for dl in _loaders(learn)])
 
-def set_rng_state(learn:Learner, state:dict):
+def set_rng_state(
+    learn:Learner, # A learner with as many loaders
+    state:dict     # As `rng_state` gave it
+):
     "Put the generators where `rng_state` found them"
     def python(o): return o[0],tuple(o[1]),o[2]
     random.setstate(python(state['python']))
@@ -56,11 +65,13 @@ def set_rng_state(learn:Learner, state:dict):
     device = next(learn.model.parameters()).device
     if device.type=='cuda' and state['cuda'] is not None: torch.cuda.set_rng_state(state['cuda'], device)
 
-# %% ../nbs/11d_checkpoint.ipynb #ca7c1022
+# %% ../nbs/11d_checkpoint.ipynb #bdfcf53b
 def _with_state(learn): return sorted((cb for cb in learn.cbs if kept(cb) is not None), key=lambda cb: cb.name)
 
-def run_state(learn:Learner)->dict:
-    "All that the next epoch of `learn` depends on, in the middle of a fit, except for the dice"
+def run_state(
+    learn:Learner # A learner that is in the middle of a fit, or has just ended one
+)->dict:          # What `save_state` can write
+    "All that the next epoch of `learn` depends on, except for the dice"
     rec,model,scaler = learn.recorder,get_model(learn.model),vars(learn).get('scaler') # that of mixed precision
     grads = {k:p.grad if p.grad.any() else 0 for k,p in model.named_parameters() if p.grad is not None}
     record = dict(lrs=rec.lrs, iters=rec.iters, losses=torch.stack(rec.losses) if rec.losses else torch.empty(0), values=rec.values,
@@ -68,8 +79,11 @@ def run_state(learn:Learner)->dict:
     return dict(model=model.state_dict(), opt=learn.opt.state_dict(), grads=grads, recorder=record, loss=kept(learn.loss_func),
                 callbacks=[kept(cb) for cb in _with_state(learn)], scaler=scaler.state_dict() if scaler else None)
 
-# %% ../nbs/11d_checkpoint.ipynb #3fdff3a0
-def set_run_state(learn:Learner, state:dict):
+# %% ../nbs/11d_checkpoint.ipynb #893361ee
+def set_run_state(
+    learn:Learner, # A learner with the same network, groups of parameters and callbacks, and an optimiser
+    state:dict     # As `run_state` or `load_state` gave it
+):
     "Bring `learn` to where `run_state` found it"
     rec,model,opt,record = learn.recorder,get_model(learn.model),state['opt'],state['recorder']
     device = next(model.parameters()).device
@@ -117,7 +131,7 @@ def _unpack(o, tensors):
     if '$list' in o: return tensors[o['$list']].tolist()
     return {k:_unpack(v, tensors) for k,v in o.get('$items', o.items())}
 
-# %% ../nbs/11d_checkpoint.ipynb #36840660
+# %% ../nbs/11d_checkpoint.ipynb #f2e321c3
 def _checksum(tensors, text):
     "CRC-32 of `text`, and of the names, kinds and bytes of `tensors`, as text"
     n = zlib.crc32(text.encode())
@@ -129,7 +143,7 @@ def _checksum(tensors, text):
 def save_state(
     state:dict, # Tensors, numbers, strings, lists and dicts of them
     path:str|Path # File to write, *.safetensors
-)->Path: # `path`
+)->Path:          # `path`
     "Write `state` whole or not at all, with a checksum"
     tensors = {}
     text = json.dumps({k:_pack(v, tensors, k) for k,v in state.items()})
@@ -138,8 +152,10 @@ def save_state(
         with open(p, 'rb+') as f: os.fsync(f.fileno()) # on the disk before it gets its name, or a power cut leaves a name without content
     return Path(path)
 
-def load_state(path:str|Path)->dict:
-    "What `save_state` wrote, on the CPU, with lists for tuples"
+def load_state(
+    path:str|Path # File that `save_state` wrote
+)->dict:          # On the CPU, with lists for tuples
+    "What `save_state` wrote, if nothing has changed it since"
     path = Path(path)
     try:
         with safe_open(path, 'pt') as f: head,tensors = f.metadata() or {},{k:f.get_tensor(k).clone() for k in f.keys()}
@@ -148,9 +164,11 @@ def load_state(path:str|Path)->dict:
     if head['checksum']!=_checksum(tensors, head['state']): raise ValueError(f"{path.name} is damaged: its checksum does not fit")
     return {k:_unpack(v, tensors) for k,v in json.loads(head['state']).items()}
 
-# %% ../nbs/11d_checkpoint.ipynb #480a45fc
-def fingerprint(learn:Learner)->dict:
-    "What a run must have in common with the one it continues, as one flat dict"
+# %% ../nbs/11d_checkpoint.ipynb #ea235f2d
+def fingerprint(
+    learn:Learner # A learner whose fit begins
+)->dict:          # Flat, from words to numbers and lists
+    "What a run must have in common with the one it continues"
     def short(v): return [float(f'{o:.6g}') if isinstance(o, float) else o for o in np.atleast_1d(v).tolist()]
     opt,inner,scheds = learn.opt,getattr(learn.opt, 'opt', learn.opt),{}
     for cb in learn.cbs: scheds |= cb.scheds if isinstance(cb, ParamScheduler) else {}
@@ -166,13 +184,18 @@ def fingerprint(learn:Learner)->dict:
 
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-def differences(then:dict, now:dict)->list:
+def differences(
+    then:dict, # A `fingerprint` that was kept
+    now:dict   # One of today
+)->list:       # A sentence for each entry that differs
     "What of two fingerprints is not the same, in words"
     return [f'{k}: {then.get(k,"nothing")} then, {now.get(k,"nothing")} now' for k in {**then,**now} if then.get(k)!=now.get(k)]
 
-# %% ../nbs/11d_checkpoint.ipynb #fc452c9c
-def checkpoints(folder:str|Path)->list:
-    "The checkpoints in `folder`, oldest first"
+# %% ../nbs/11d_checkpoint.ipynb #80e11a07
+def checkpoints(
+    folder:str|Path # Of a `Checkpoint`; it need not exist
+)->list:            # Paths, oldest first
+    "The checkpoints in `folder`"
     return sorted((p for p in Path(folder).glob('epoch_*.safetensors') if p.stem[6:].isdigit()), key=lambda p: int(p.stem[6:]))
 
 def _prepare(folder):
@@ -183,7 +206,7 @@ def _prepare(folder):
     except OSError as e: raise ValueError(f"no checkpoint can be written to {folder}: {e.strerror}") from e
     for p in folder.glob('.epoch_*.tmp'): p.unlink()
 
-# %% ../nbs/11d_checkpoint.ipynb #e8ec68df
+# %% ../nbs/11d_checkpoint.ipynb #fb250cac
 def _gather(o):
     "`o` of each process, in their order"
     res = [o]*_world()
@@ -195,14 +218,16 @@ class Checkpoint(Callback):
     order = 100
     def __init__(self,
         folder:str|Path, # Of this fit alone; made if need be
-        keep:int=2, # How many files stay
+        keep:int=2,      # How many files stay
         resume:bool=False, # Go on from the newest file that can be read, or begin if there is none
         settings:dict|None=None # What else must be the same after a resume; as JSON
     ):
         if keep<1: raise ValueError(f"keep={keep}: the last checkpoint at least must stay")
         self.folder,self.keep,self.resume,self.settings,self.rows = Path(folder),keep,resume,json.loads(json.dumps(settings or {})),None
 
-    def write(self, stopped=False):
+    def write(self,
+        stopped:bool=False # Was the fit ended here, by early stopping say?
+    ):
         "Write the epoch that is done, and remove the file that is one too many"
         self.rows.append([*self.recorder.log])
         dice = _gather(rng_state(self.learn))
@@ -212,8 +237,10 @@ class Checkpoint(Callback):
         except (OSError, SafetensorError) as e: return print(f"epoch {self.epoch} has no checkpoint, writing failed: {e}. Training goes on.", flush=True)
         for p in [o for o in checkpoints(self.folder) if int(o.stem[6:])<=self.epoch][:-self.keep]: p.unlink()
 
-# %% ../nbs/11d_checkpoint.ipynb #f7610666
-def newest_state(folder:str|Path)->tuple: # State and file
+# %% ../nbs/11d_checkpoint.ipynb #f6b01661
+def newest_state(
+    folder:str|Path # Of a `Checkpoint`
+)->tuple:           # State and file
     "What the newest checkpoint in `folder` holds that can be read; those that cannot are reported"
     bad = []
     for p in checkpoints(folder)[::-1]:
@@ -249,7 +276,7 @@ def before_fit(self:Checkpoint):
     if len(set(last))>1: raise ValueError(f"the processes find different checkpoints in {self.folder}, {last}; do they share this disk?")
     if not rank_distrib(): _prepare(self.folder)
 
-# %% ../nbs/11d_checkpoint.ipynb #ebca1d45
+# %% ../nbs/11d_checkpoint.ipynb #c8273b88
 @patch
 def restore(self:Checkpoint):
     "Put everything back, wake the others up, and print the rows of the epochs that are done"
@@ -272,5 +299,5 @@ def after_epoch(self:Checkpoint):
 
 @patch
 def after_cancel_fit(self:Checkpoint):
-    begun = self.rows is not None and not self.found
-    if begun and len(self.recorder.values)>len(self.rows): self.write(stopped=True) # the epoch was done when the fit was cancelled
+    if self.rows is None or self.found: return # nothing was trained
+    if len(self.recorder.values)>len(self.rows): self.write(stopped=True) # the epoch was done when the fit was cancelled

@@ -6,20 +6,21 @@
 __all__ = ['even_batch', 'deal_batches', 'SharedDL', 'SharedLoss', 'Share', 'start_processes', 'n_processes', 'first_alone',
            'shared']
 
-# %% ../nbs/11e_distributed.ipynb #bb6c0e59
+# %% ../nbs/11e_distributed.ipynb #9a38c6be
 import os, torch
 import torch.distributed as dist
 from contextlib import contextmanager
 from datetime import timedelta
-from fastai.vision.all import AvgLoss, find_bs
+from fastai.vision.all import AvgLoss, DataLoader, Learner, find_bs
 from fastai.distributed import DistributedDL, DistributedTrainer
+from .checkpoint import _world
 
-# %% ../nbs/11e_distributed.ipynb #efbcf1eb
+# %% ../nbs/11e_distributed.ipynb #7d20e48b
 def even_batch(
     n:int,     # Images of an epoch
     world:int, # Processes
     bs:int     # Images in a batch of one process
-)->int:
+)->int:        # Images in a batch, for all processes
     "The smallest batch, `bs` or larger, with which parts of `n` images that differ by one have equally many batches"
     if n<world: raise ValueError(f"{n} images for {world} processes; take fewer processes")
     k = n//world
@@ -39,10 +40,15 @@ def deal_batches(
         for p,s in zip(parts,sizes): p += [next(left) for _ in range(min(bs,s-len(p)))]
     return parts
 
-# %% ../nbs/11e_distributed.ipynb #d5b4ec8e
+# %% ../nbs/11e_distributed.ipynb #f963f474
 class SharedDL(DistributedDL):
     "fastai's `DistributedDL` for any device, that gives every image once: each process has its part of the order of process 0"
-    def __init__(self, dl, rank=None, world_size=None, device=None):
+    def __init__(self,
+        dl:DataLoader, # The loader of one process, with all images
+        rank:int|None=None, # Number of this process; that of `torch.distributed` if None
+        world_size:int|None=None, # Number of processes; that of `torch.distributed` if None
+        device=None # Where the batches go; the device of `torch.distributed` if None
+    ):
         super().__init__(dl, rank, world_size, device)
         self.own_bs = dl.bs
     def _broadcast(self, t, rank):
@@ -73,10 +79,13 @@ class SharedLoss(AvgLoss):
         dist.all_reduce(both)
         return both[0]/both[1]
 
-# %% ../nbs/11e_distributed.ipynb #cd5b16de
+# %% ../nbs/11e_distributed.ipynb #a5d278bc
 class Share(DistributedTrainer):
-    "fastai's `DistributedTrainer` with the two above; batch norm uses the batch of its own process unless `sync_bn`, which needs GPUs"
-    def __init__(self, sync_bn=False, **kwargs): super().__init__(sync_bn, cpu=not torch.cuda.is_available(), **kwargs)
+    "fastai's `DistributedTrainer` with `SharedDL` and `SharedLoss`"
+    def __init__(self,
+        sync_bn:bool=False, # Batch norm over the batches of all processes, which needs GPUs? Else each process uses its own
+        **kwargs # For `DistributedTrainer`
+    ): super().__init__(sync_bn, cpu=not torch.cuda.is_available(), **kwargs)
     def before_fit(self):
         self.learn.recorder.loss = SharedLoss()
         super().before_fit()
@@ -93,6 +102,7 @@ class Share(DistributedTrainer):
         self.learn.recorder.loss = AvgLoss()
         for dl in self.learn.dls.loaders: dl.bs = getattr(dl,'own_bs',dl.bs)
 
+# %% ../nbs/11e_distributed.ipynb #7def899a
 def start_processes():
     "Join the other processes if `torchrun` started this one"
     if int(os.environ.get('WORLD_SIZE',1))<2 or dist.is_initialized(): return
@@ -101,9 +111,11 @@ def start_processes():
 
 def n_processes()->int:
     "How many processes train together"
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return _world()
 
-def first_alone(f):
+def first_alone(
+    f # Function without arguments, called once by each process
+): # What `f` returns
     "The result of `f`, which process 0 runs alone before the others do: what it writes, they find"
     if n_processes()<2: return f()
     if dist.get_rank()==0: res = f()
@@ -112,7 +124,9 @@ def first_alone(f):
     return res
 
 @contextmanager
-def shared(learn):
+def shared(
+    learn:Learner # A learner, the same in every process
+):
     "Within this block `learn` trains together with the other processes, if there are any"
     if n_processes()<2: yield learn; return
     share = Share()

@@ -47,22 +47,28 @@ def _mlflow(folder, config):
 
 trackers = dict(tensorboard=_tensorboard, wandb=_wandb, mlflow=_mlflow)
 
-# %% ../nbs/11f_track.ipynb #cb949155
+# %% ../nbs/11f_track.ipynb #b48e7383
 class Track(Callback):
     "Write losses, rates and scores to a tracker of `trackers`"
     order = Recorder.order+1
     def __init__(self,
-        kind:str,      # One of `trackers`
+        kind:str,        # One of `trackers`
         folder:str|Path, # Of the run; its name is the run's
         config:dict|None=None, # Settings to keep with it
-        every:int=10   # Batches from one training loss to the next
+        every:int=10     # Batches from one training loss to the next
     ):
         if kind not in trackers: raise ValueError(f"tracker {kind!r} is not one of {list(trackers)}")
         self.kind,self.folder,self.config,self.every,self.step = kind,Path(folder),config or {},every,0
         self.log,self.close = None,lambda ok=True: None
         if not rank_distrib(): self.log,self.close = trackers[kind](self.folder, self.config)
-    def state_dict(self): return dict(step=self.step)
-    def load_state_dict(self, d): self.step = d['step']
+    def state_dict(self)->dict:
+        "What has to survive a kill"
+        return dict(step=self.step)
+    def load_state_dict(self,
+        d:dict # As `state_dict` gave it
+    ):
+        "Go on from `d`"
+        self.step = d['step']
     def before_fit(self): self.run = self.log is not None and not hasattr(self.learn,'lr_finder') and not hasattr(self.learn,'gather_preds')
     def after_batch(self):
         if not self.training: return
