@@ -18,8 +18,11 @@ from .core import MUTED, PRED
 from .evaluate import check_predictions, image_level, image_scores, lesion_counts
 from .formats import Annotations
 
-# %% ../nbs/11g_imagewise.ipynb #e732acfc
-def per_class(ann:Annotations, preds:pd.DataFrame)->dict: # Class name -> `Annotations` and predictions of that class alone
+# %% ../nbs/11g_imagewise.ipynb #fcf0dd46
+def per_class(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame  # Predictions, with `pred_cols`
+)->dict:                # Class name -> `Annotations` and predictions of that class alone
     "Truth and `preds` of every class of `ann` by itself, on all of its images"
     p = check_predictions(ann, preds)
     if not ann.classes: raise ValueError("the annotations name no class, so there is nothing to tell apart; give Annotations its `classes`")
@@ -91,8 +94,11 @@ def at_prevalence(
     with np.errstate(invalid='ignore'): res = dict(PPV=hit/(hit+alarm), NPV=calm/(calm+miss))
     return pd.DataFrame(res, index=pd.Index(p, name='prevalence'))
 
-# %% ../nbs/11g_imagewise.ipynb #d4c3c4b0
-def image_pairs(ann:Annotations, preds:pd.DataFrame)->pd.DataFrame: # N*K rows: `image_id`, `label`, `score`, is it `positive`, is it `silent`
+# %% ../nbs/11g_imagewise.ipynb #5120fa9e
+def image_pairs(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame  # Predictions, with `pred_cols`
+)->pd.DataFrame:        # N*K rows: `image_id`, `label`, `score`, is it `positive`, is it `silent`
     "Every image with every class: its highest `score` (0 if it is `silent`, without a box), and whether it has the class"
     def of(c, a, p):
         ids = a.images.image_id
@@ -114,8 +120,13 @@ def reliability(
     g = o.groupby(np.searchsorted(cuts, o.score))
     return pd.DataFrame(dict(n=g.size(), score=g.score.mean(), share=g.positive.mean())).reset_index(drop=True)
 
-# %% ../nbs/11g_imagewise.ipynb #793b504d
-def ece(ann:Annotations, preds:pd.DataFrame, bins:int=10, by:str='mass')->float: # 0 at best; NaN without images
+# %% ../nbs/11g_imagewise.ipynb #3493bcb9
+def ece(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions, with `pred_cols`
+    bins:int=10,        # How many, at most
+    by:str='mass'       # Bins of equal 'mass' or 'width', as in `reliability`
+)->float:               # 0 at best; NaN without images
     "Expected calibration error: mean distance of score and share over the `bins` of `reliability`"
     r = reliability(ann, preds, bins, by)
     return float(np.average((r.score-r.share).abs(), weights=r.n)) if len(r) else np.nan
@@ -136,7 +147,7 @@ def plot_reliability(
     ax.set(xlabel='score', ylabel='share of positives', xlim=(-.02,1.02), ylim=(-.02,1.02))
     return ax
 
-# %% ../nbs/11g_imagewise.ipynb #f61c5747
+# %% ../nbs/11g_imagewise.ipynb #c822d650
 @dataclass(frozen=True)
 class Temperature:
     "Scores whose log-odds are divided by `T` and then moved by `bias`"
@@ -153,11 +164,13 @@ class Temperature:
         "Calibrated `scores`, in the same order; use it on thresholds too"
         return expit(logit(np.asarray(scores, float))/self.T+self.bias)
 
-    def apply(self, preds:pd.DataFrame)->pd.DataFrame:
+    def apply(self,
+        preds:pd.DataFrame # Predictions, with `pred_cols`
+    )->pd.DataFrame:       # The same rows
         "`preds` with calibrated scores"
         return preds.assign(score=self(preds.score))
 
-# %% ../nbs/11g_imagewise.ipynb #6eb20322
+# %% ../nbs/11g_imagewise.ipynb #bb995750
 _LIMIT = 50. # a larger T would make all scores the same
 
 def _minimum(z, y, bias): # 1/T, bias and the summed log loss there
@@ -186,4 +199,4 @@ def fit(cls:Temperature,
     if bias is None: bias = two[2]+np.log(len(o))/2<one[2]
     a,b,_ = two if bias else one
     if a<1.01/_LIMIT: raise ValueError(f"the scores of {len(o)} images do not rank positive above negative ones, so no T is large enough; the wrong predictions?")
-    return cls(float(1/a), float(b), len(o), None if np.isnan(silent) else float(silent))
+    return Temperature(float(1/a), float(b), len(o), None if np.isnan(silent) else float(silent))

@@ -51,12 +51,13 @@ def level_scores(
     new = expit(logit(s)-logit(t))
     return preds.assign(score=np.where(s>=t, new.clip(min=.5), new.clip(max=np.nextafter(.5,0)))) # rounding moves nothing across
 
-# %% ../nbs/11h_operate.ipynb #5de00047
+# %% ../nbs/11h_operate.ipynb #ad9c16af
 def _seal(*parts): return hashlib.sha256('\n'.join(parts).encode('utf-8','surrogateescape')).hexdigest()[:16]
 
 def _seals(ann, salt): # Of the image and of the patient of each image, two arrays (N,)
     return [np.array([_seal(salt,kind,o) for o in who], dtype='U16') for kind,who in (('image',ann.images.image_id), ('patient',patients(ann.images)))]
 
+# %% ../nbs/11h_operate.ipynb #453d6126
 @dataclass(frozen=True)
 class OperatingPoint:
     "What becomes of a detector's boxes: `nms`, then `shrink`, then `threshold`; and where that was decided"
@@ -95,9 +96,11 @@ class OperatingPoint:
         knobs = ', '.join([f'{k} {v:.4g}' for k in ('threshold','nms','shrink') if (v := getattr(self,k)) is not None]+[f'{k} from {v:.3g}' for k,v in (self.by_class or {}).items()])
         return f"OperatingPoint({knobs}; {self.goal or 'no goal'}{'' if self.score is None else f': {self.score:.3f}'} on {self.n} images)"
 
-# %% ../nbs/11h_operate.ipynb #6da71851
+# %% ../nbs/11h_operate.ipynb #c1a57d2b
 @patch
-def apply(self:OperatingPoint, preds:pd.DataFrame)->pd.DataFrame: # As `preds`, fewer rows
+def apply(self:OperatingPoint,
+    preds:pd.DataFrame # Predictions, with `pred_cols`
+)->pd.DataFrame:       # As `preds`, fewer rows
     "The `preds` that remain at this point, as they are to be shown"
     if missing := [c for c in pred_cols if c not in preds]: raise ValueError(f"the predictions lack {missing}, they have {list(preds.columns)}")
     if self.nms is not None: preds = nms_table(preds, self.nms)
@@ -175,9 +178,11 @@ def tune_sensitivity(
     t = found.sort_values(ascending=False).iloc[k-1]
     return _chosen(ann, OperatingPoint(t, detect_nms=detect_nms), goal=f'sensitivity of at least {at_least:g} by {level}', score=(found>=t).mean()*len(found)/total)
 
-# %% ../nbs/11h_operate.ipynb #6a4f7ee4
+# %% ../nbs/11h_operate.ipynb #0fab7bd9
 @patch
-def known(self:OperatingPoint, ann:Annotations)->dict: # `images` that it was chosen on, and `patients`: other images of the same people
+def known(self:OperatingPoint,
+    ann:Annotations # What is to be judged
+)->dict:            # `images` that it was chosen on, and `patients`: other images of the same people
     "How many images of `ann` this point has seen"
     image,patient = (np.isin(o, list(self.seen)) for o in _seals(ann, self.salt))
     return dict(images=int(image.sum()), patients=int((patient&~image).sum()))
@@ -194,24 +199,32 @@ def check(self:OperatingPoint,
                          "are of the same patients, so the result would flatter. Judge a test split, or take force=True and say so in the report")
     return self
 
-# %% ../nbs/11h_operate.ipynb #748cece3
+# %% ../nbs/11h_operate.ipynb #4532fe01
 @patch
-def to_dict(self:OperatingPoint)->dict: return asdict(self)|dict(seen=sorted(self.seen))
+def to_dict(self:OperatingPoint)->dict:
+    "The point as JSON takes it, with its seals in order"
+    return asdict(self)|dict(seen=sorted(self.seen))
 
 @patch(cls_method=True)
-def from_dict(cls:OperatingPoint, d:dict)->OperatingPoint:
-    "What `to_dict` gave, or a `ValueError`"
+def from_dict(cls:OperatingPoint,
+    d:dict # As `to_dict` gave it
+)->OperatingPoint:
+    "The point that `d` describes, or a `ValueError`"
     try: return cls(**dict(threshold=None)|d)
     except TypeError as e: raise ValueError(f"{str(d)[:60]} is no operating point: {e}") from e
 
 @patch
-def save(self:OperatingPoint, path:str|Path)->Path:
-    "Write this point to the JSON file `path`, whole or not at all"
+def save(self:OperatingPoint,
+    path:str|Path # File to write, *.json
+)->Path:          # `path`
+    "Write this point, whole or not at all"
     with atomic_path(path) as p: p.write_text(json.dumps(self.to_dict(), indent=1)+'\n')
     return Path(path)
 
 @patch(cls_method=True)
-def load(cls:OperatingPoint, path:str|Path)->OperatingPoint:
-    "What `save` wrote to `path`"
+def load(cls:OperatingPoint,
+    path:str|Path # File that `save` wrote
+)->OperatingPoint:
+    "What `save` wrote to `path`, or a `ValueError`"
     try: return cls.from_dict(json.loads(Path(path).read_text()))
     except (OSError,ValueError) as e: raise ValueError(f"{Path(path).name} holds no operating point; was it written by OperatingPoint.save? {e}") from e
