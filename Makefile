@@ -14,7 +14,7 @@ override LUNGDET_DATA := $(abspath $(LUNGDET_DATA))
 export LUNGDET_DATA
 endif
 
-.PHONY: help env course test notebooks pytest check lab outputs readme docs wheel clean
+.PHONY: help env course test notebooks pytest check bench lab outputs readme docs wheel clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -41,6 +41,9 @@ pytest: $(READY) ## Run the tests in tests/
 
 check: $(READY) ## Are modules and README what the notebooks say?
 	$(BIN)/python tools/check.py
+
+bench: $(READY) ## Race all that has a rival, about 15 minutes on 2 cores; one table, kept in bench/results/speed.csv
+	$(BIN)/python -W ignore bench/all.py
 
 lab: $(READY) ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -5,15 +5,17 @@
 Simulated tables, no pictures. Anew means: copy the rows of the drawn images, give the copies ids of their own, and call the functions of chapter 11 on them;
 it is run for --anew resamples and scaled up. Prints the resamples a second, their ratio, and how far the answers are apart at most."""
 import argparse, resource, time
+from _ratio import add_csv, note
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('--images', type=int, nargs='+', default=[2000]); p.add_argument('--n', type=int, default=1000); p.add_argument('--anew', type=int, default=5)
+add_csv(p); args = p.parse_args()
+
 import numpy as np, pandas as pd
 from lungdet.evaluate import coco_map, froc, image_level, rsna_score
 from lungdet.formats import Annotations
 from lungdet.splits import patients
 from lungdet.uncertain import FIGURES, Figures, intervals, patient_weights
-
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('--images', type=int, nargs='+', default=[2000]); p.add_argument('--n', type=int, default=1000); p.add_argument('--anew', type=int, default=5)
-args = p.parse_args()
 
 def clinic(n, rng):
     "As the challenge: 22 % positive, five predictions an image, four of five lesions found"
@@ -46,3 +48,4 @@ for n in args.images:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
     print(f'{n} images, {len(preds)} predictions, {args.n} resamples, {len(FIGURES)} figures: {ours:.1f} s by weights, {each*args.n:.0f} s anew, ratio {each*args.n/ours:.0f}; '
           f'apart at most {apart:.0e}; peak memory of the process {peak:.2f} GiB', flush=True)
+    note(args.csv, f'intervals over patients, {args.n} resamples', 'every resample evaluated anew', each*args.n/ours, 100, f'{n:,} images, {len(FIGURES)} figures')

@@ -2,28 +2,29 @@
 
     .venv/bin/python bench/convert.py FOLDER --n 200 --repeat 3
 
-FOLDER holds DICOMs. The tutorial's loop is `dcmread(f).pixel_array` -> Pillow resize -> `save`; for the stack it makes the same three
+FOLDER holds DICOMs; without one, synthetic studies are made. The tutorial's loop is `dcmread(f).pixel_array` -> Pillow resize -> `save`; for the stack it makes the same three
 channels with NumPy and OpenCV. Each candidate runs `--repeat` times in turn, and its best time counts. Prints pictures per second, the
 ratio to the tutorial, where the milliseconds of one picture go, how far decoding at half size is from area averaging, and how a table
 of headers compares with reading as fastai's `from_dicoms` does (pixels and their statistics)."""
-import argparse, io, os, shutil, tempfile, time, warnings
+import argparse, shutil, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from _ratio import add_csv, note
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('folder'); p.add_argument('--n', type=int, default=200); p.add_argument('--size', type=int, default=512); p.add_argument('--repeat', type=int, default=3)
-args = p.parse_args()
+p.add_argument('folder', nargs='?'); p.add_argument('--n', type=int, default=200); p.add_argument('--size', type=int, default=512); p.add_argument('--repeat', type=int, default=3)
+add_csv(p); args = p.parse_args()
 warnings.filterwarnings('ignore', module='pydicom')
 
 import cv2, numpy as np, pandas as pd, pydicom, torch
 from PIL import Image
 from lungdet.convert import convert_folder, dicom_table, encode_png
-from lungdet.core import atomic_path
+from lungdet.core import IMAGES, atomic_path, make_studies
 from lungdet.dicom import enhance, header_fields, read_dicom, resize, to_gray
 
 cv2.setNumThreads(1); torch.set_num_threads(1) # one core each, so that workers can be compared
-files = [p for p in sorted(Path(args.folder).rglob('*.dcm'))][:args.n]
 size,tmp = args.size,Path(tempfile.mkdtemp())
+files = sorted(Path(args.folder or make_studies(tmp/'studies', args.n)/IMAGES).rglob('*.dcm'))[:args.n]
 
 def tutorial(dst):
     for f in files: Image.fromarray(pydicom.dcmread(f).pixel_array).resize((size,size)).save(dst/f'{f.stem}.png')
@@ -62,8 +63,15 @@ pool = ProcessPoolExecutor(2) # it starts in the first run, and the best run cou
 print(f'{len(files)} DICOMs, {size} px, best of {args.repeat}\n')
 gray = run({'tutorial':tutorial, 'lungdet':ours('gray',1), 'lungdet, 2 threads':ours('gray',2), 'lungdet, 2 processes':processes})
 print(table(gray,'tutorial'), '\n', *(f"\ntwo {o}: {gray['lungdet']/gray[f'lungdet, 2 {o}']:.2f} x one" for o in ('threads','processes')), '\n')
-print(table(run({'tutorial, stack':tutorial_stack, 'lungdet, stack':ours('stack',1), 'lungdet, stack, 2 threads':ours('stack',2)}), 'tutorial, stack'), '\n')
-print(table(run({'from_dicoms':from_dicoms, 'dicom_table':headers}), 'from_dicoms'), '\n')
+stack = run({'tutorial, stack':tutorial_stack, 'lungdet, stack':ours('stack',1), 'lungdet, stack, 2 threads':ours('stack',2)})
+print(table(stack, 'tutorial, stack'), '\n')
+tables = run({'from_dicoms':from_dicoms, 'dicom_table':headers})
+print(table(tables, 'from_dicoms'), '\n')
+setting = f"{len(files)} {'DICOMs' if args.folder else 'synthetic DICOMs'} to {size} px"
+note(args.csv, 'DICOM to PNG, one thread', "a tutorial's loop", gray['tutorial']/gray['lungdet'], 12, setting)
+note(args.csv, 'DICOM to PNG of three channels, one thread', "a tutorial's loop", stack['tutorial, stack']/stack['lungdet, stack'], 12, setting)
+for o,target in (('threads',1.6),('processes',1.7)): note(args.csv, f'DICOM to PNG, two {o}', 'one', gray['lungdet']/gray[f'lungdet, 2 {o}'], target, setting)
+note(args.csv, 'table of headers', "fastai's from_dicoms", tables['from_dicoms']/tables['dicom_table'], 20, setting)
 
 def clock(f, xs):
     "Mean over `xs` of the best of a few times, ms"

@@ -10,11 +10,12 @@ network gets; the threads that read share them."""
 import argparse, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from _ratio import add_csv, note
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--n', type=int, default=64); p.add_argument('--size', type=int, default=512); p.add_argument('--bs', type=int, default=8); p.add_argument('--backbone', default='resnet18')
 p.add_argument('--detector'); p.add_argument('--folder'); p.add_argument('--engine', default='torch'); p.add_argument('--device', default='cpu'); p.add_argument('--repeat', type=int, default=3)
-args = p.parse_args()
+add_csv(p); args = p.parse_args()
 warnings.filterwarnings('ignore')
 
 import pandas as pd, torch
@@ -46,3 +47,6 @@ for _ in range(args.repeat):
 best['one after the other'] = best['model alone']+best['reading alone']
 print(f"{len(items)} DICOMs, {det}, {torch.get_num_threads()} threads of the network\n")
 print(pd.DataFrame([(k,len(items)/v,best['model alone']/v) for k,v in best.items()], columns=['','images/s','of the model alone']).round(2).to_string(index=False))
+setting = f'{args.backbone}, {args.size} px, {len(items)} DICOMs' if not args.detector else f'{det}, {len(items)} DICOMs'
+note(args.csv, 'files to findings', 'its model alone, on ready pictures', best['model alone']/best['detector(folder)'], .9, setting, args.device)
+note(args.csv, 'files to findings', 'reading, then the model', best['one after the other']/best['detector(folder)'], 1, setting, args.device)

@@ -11,11 +11,12 @@ and heads (what `make_engine` does) and once for the backbone too."""
 import argparse, logging, tempfile, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
+from _ratio import add_csv, note
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--backbones', nargs='*', default=['resnet18','resnet50','tf_efficientnet_lite0']); p.add_argument('--sizes', type=int, nargs='+', default=[256,512])
 p.add_argument('--batches', type=int, nargs='+', default=[1,8]); p.add_argument('--repeat', type=int, default=5); p.add_argument('--threads', type=int)
 p.add_argument('--run', type=Path); p.add_argument('--calibrate', type=int, default=48)
-args = p.parse_args()
+add_csv(p); args = p.parse_args()
 warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
 
 import pandas as pd, torch
@@ -55,6 +56,7 @@ for arch in args.backbones:
             t = race(fs, torch.randn(n,3,size,size))
             rows[arch,size,n] = {k:f'{v:.0f}' if k=='eager' else f'{v:.0f} ({t["eager"]/v:.2f}x)' for k,v in t.items()}|{'ratio':t['eager']/t['openvino bfloat16']}
             print(arch, size, n, rows[arch,size,n], flush=True)
+            note(args.csv, 'OpenVINO in bfloat16', 'eager PyTorch in float32', rows[arch,size,n]['ratio'], 2, f'{arch}, {size} px, batch of {n}')
 if rows:
     print(f'\nms per batch, {torch.get_num_threads()} threads, AVX512 bf16: {torch.cpu.get_capabilities().get("avx512_bf16")}')
     print(pd.DataFrame(rows).T.drop(columns='ratio').to_string())

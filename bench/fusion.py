@@ -1,5 +1,16 @@
-"Fusion of tables: all images at once against `fuse_boxes` image by image, and what the ways cost for 26,684 images. Run: python bench/fusion.py [images]"
-import sys, time, numpy as np, pandas as pd, torch
+"""Fusion of tables: all images at once against `fuse_boxes` image by image, and what the ways cost for as many images as the challenge has.
+
+    .venv/bin/python bench/fusion.py 26684
+
+Image by image is run for one image of forty and scaled up. Best of --repeat rounds, in which all take turns."""
+import argparse, time
+from _ratio import add_csv, note
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('images', type=int, nargs='?', default=26684); p.add_argument('--repeat', type=int, default=3)
+add_csv(p); args = p.parse_args()
+
+import numpy as np, pandas as pd, torch
 from lungdet.boxes import fuse_boxes
 from lungdet.core import XYXY
 from lungdet.ensemble import fuse_predictions
@@ -19,14 +30,16 @@ def one_by_one(preds):
         each = [o[o.model==k] for k in range(len(preds))]
         fuse_boxes([torch.tensor(p[XYXY].to_numpy()) for p in each], [torch.tensor(p.score.to_numpy()) for p in each])
 
-def seconds(f): t = time.perf_counter(); f(); return time.perf_counter()-t
-
-if __name__=='__main__':
-    torch.set_num_threads(1)
-    n = int(sys.argv[1]) if len(sys.argv)>1 else 26684
-    preds,few = tables(n),tables(n//40)
-    print(f'{n} images, {sum(map(len,preds))} boxes of 3 models')
-    slow = seconds(lambda: one_by_one(few))/(n//40)
-    for how in ('wbf','soft','nms'):
-        t = seconds(lambda: fuse_predictions(preds, how))
-        print(f'{how:5s} {t:6.1f} s, {n/t:8.0f} images/s'+(f', {slow*n/t:.0f} times as fast as fuse_boxes image by image' if how=='wbf' else ''))
+torch.set_num_threads(1)
+n = args.images
+preds,few = tables(n),tables(max(1,n//40))
+print(f'{n} images, {sum(map(len,preds))} boxes of 3 models')
+ways = {'one by one':lambda: one_by_one(few)}|{how:lambda how=how: fuse_predictions(preds, how) for how in ('wbf','soft','nms')}
+best = dict.fromkeys(ways, np.inf)
+for _ in range(args.repeat):
+    for k,f in ways.items():
+        begin = time.perf_counter(); f(); best[k] = min(best[k], time.perf_counter()-begin)
+ratio = best['one by one']*n/max(1,n//40)/best['wbf']
+for how in ('wbf','soft','nms'):
+    print(f'{how:5s} {best[how]:6.1f} s, {n/best[how]:8.0f} images/s'+(f', {ratio:.0f} times as fast as fuse_boxes image by image' if how=='wbf' else ''))
+note(args.csv, 'boxes fusion, all images at once', 'fuse_boxes, image by image', ratio, 80, f'{n:,} images, 3 models')

@@ -3,28 +3,30 @@
     .venv/bin/python bench/loader.py FOLDER --n 400 --size 512
     .venv/bin/python bench/loader.py FOLDER --memory 26684
 
-FOLDER is a folder of the RSNA challenge; its DICOMs are converted to PNGs first. The stock pipeline is
+FOLDER is a folder of the RSNA challenge; without one, synthetic studies are made. Its DICOMs are converted to PNGs first. The stock pipeline is
 `DataBlock((ImageBlock, BBoxBlock, BBoxLblBlock))` with `aug_transforms` (flip, turn, zoom, light) and `Normalize`. Each candidate runs one
 epoch `--repeat` times in turn, and its best counts; ours once from the cache and once without. With `--memory N` instead: build the cache of
 N pictures (the files of FOLDER under N names), run an epoch from it, and print what that takes on disk and in memory."""
-import argparse, os, resource, shutil, tempfile, time, warnings
+import argparse, shutil, tempfile, time, warnings
 from pathlib import Path
+from _ratio import add_csv, note
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('folder'); p.add_argument('--n', type=int, default=400); p.add_argument('--size', type=int, default=512); p.add_argument('--bs', type=int, default=8)
+p.add_argument('folder', nargs='?'); p.add_argument('--n', type=int, default=400); p.add_argument('--size', type=int, default=512); p.add_argument('--bs', type=int, default=8)
 p.add_argument('--repeat', type=int, default=3); p.add_argument('--memory', type=int, metavar='N')
-args = p.parse_args()
+add_csv(p); args = p.parse_args()
 warnings.filterwarnings('ignore')
 
 import pandas as pd, torch
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, DataBlock, ImageBlock, IndexSplitter, Normalize, aug_transforms, imagenet_stats)
 from lungdet.augment import Augment
 from lungdet.convert import convert_folder
+from lungdet.core import make_studies
 from lungdet.data import detection_dls
 from lungdet.formats import Annotations, read_rsna
 
 tmp = Path(tempfile.mkdtemp())
-ann = read_rsna(args.folder)
+ann = read_rsna(args.folder or make_studies(tmp/'studies', args.n))
 ann = ann.sample(min(args.n, len(ann)))
 ann = ann.use_pngs(convert_folder([Path(o) for o in ann.images.path], tmp/'png', args.size, progress=False))
 if args.memory: # as many names for the same files
@@ -66,4 +68,6 @@ else:
     df = pd.DataFrame(dict(per_second=pd.Series(best)))
     df['ratio'] = df.per_second/df.per_second.iloc[0]
     print(f'{len(ann)} PNGs of {args.size} px, batches of {args.bs}, no workers, {torch.get_num_threads()} threads, best of {args.repeat}\n\n{df.round(1)}')
+    for k,name,target in (('lungdet, no cache','batches of pictures and boxes, decoded anew',2.5), ('lungdet','batches of pictures and boxes, from the cache',4)):
+        note(args.csv, name, "fastai's blocks", df.ratio[k], target, f'{len(ann)} PNGs of {args.size} px, batches of {args.bs}')
 shutil.rmtree(tmp)

@@ -5,10 +5,11 @@
 Truth: the 26,684 images and 9,555 boxes of the challenge's training labels. Predictions: 132,000 simulated boxes, of which one lies near each true box.
 Each row is the smallest of --times runs, alternating; the first two must agree to 1e-12, those of COCO to 1e-9."""
 import argparse, contextlib, io, time, warnings
+from _ratio import add_csv, note
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--boxes', type=int, default=132_000, help='predictions'); p.add_argument('--times', type=int, default=5)
 p.add_argument('--coco', type=int, default=2000, help='images with a lesion in the comparison of COCO evaluators, beside as many without')
-args = p.parse_args()
+add_csv(p); args = p.parse_args()
 warnings.filterwarnings('ignore')
 
 import numpy as np, pandas as pd
@@ -92,3 +93,7 @@ assert np.allclose(x, y[['AP','AP50','AP75','AR']], rtol=0, atol=1e-9), (x,y)
 print(f"{len(ann):,} images, {len(preds):,} predictions; COCO on {len(small):,} images, {len(some):,} predictions")
 print(pd.DataFrame([('challenge: plain loop / rsna_score', plain, ours, plain/ours), (f'{len(table):,} thresholds / one', sweep, one, sweep/one),
                     ('COCO: pycocotools / coco_map', theirs, fast, theirs/fast)], columns=['what','first, s','second, s','ratio']).round(3).to_string(index=False))
+setting = f'{len(ann):,} images, {len(preds):,} boxes'
+note(args.csv, 'score of the challenge', 'a plain loop', plain/ours, 10, setting)
+note(args.csv, f'score at {len(table):,} thresholds', 'at one threshold', one/sweep, .7, setting)
+note(args.csv, "COCO's average precision", 'pycocotools', theirs/fast, 2.5, f'{len(small):,} images, {len(some):,} boxes')

@@ -8,7 +8,7 @@ Its rate is the best of --tv-lrs on the first seed, by AP50 on the very patients
 
 Prints AP50, the RSNA score at the threshold that is best on the *training* patients, and the AUC of the images, all on the patients held back, with
 95 % intervals from resampled patients, and the CPU minutes of both. Finished runs are kept in --out; a second call goes on after the last one."""
-import argparse, json, os, resource, time, warnings
+import argparse, json, os, resource, warnings
 from pathlib import Path
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,12 +12,13 @@ each in a process of its own that gives what it frees back at once (MALLOC_MMAP_
 to the scores and to the average precision of a trained model."""
 import argparse, math, os, subprocess, sys, time, warnings
 from types import SimpleNamespace
+from _ratio import add_csv, note
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--backbones', nargs='*', default=['resnet18','resnet34','resnet50']); p.add_argument('--sizes', type=int, nargs='+', default=[256,512])
 p.add_argument('--batches', type=int, nargs='+', default=[1,8]); p.add_argument('--repeat', type=int, default=5); p.add_argument('--device', default='cpu')
 p.add_argument('--threads', type=int); p.add_argument('--memory', action='store_true'); p.add_argument('--step', help=argparse.SUPPRESS)
-p.add_argument('--detector'); p.add_argument('--annotations')
-args = p.parse_args()
+p.add_argument('--detector'); p.add_argument('--annotations'); p.add_argument('--brief', action='store_true', help='no batches of four or sixty boxes a picture, no multiply-adds')
+add_csv(p); args = p.parse_args()
 warnings.filterwarnings('ignore')
 
 import pandas as pd, torch
@@ -100,37 +101,45 @@ if args.step: # a process of its own, to measure its memory
     print(int(hwm.split()[1])/1024 if args.device=='cpu' else torch.cuda.max_memory_allocated()/2**20)
     sys.exit()
 
-def ratios(t): return {k:f'{v:.0f}' if k=='torchvision' else f'{v:.0f} ({t["torchvision"]/v:.2f}x)' for k,v in t.items()}
+def lookers(arch, size, n):
+    "From pictures to boxes, one function for each model"
+    tv,ours,less = (m.eval() for m in models(arch, size))
+    x = batch(n, size)[0]
+    fast,lfast = (optimise_for_inference(m, x) for m in (ours,less))
+    fs = {'torchvision':lambda: tv_infer(tv,x), 'ours':lambda: infer(ours,x,Anchors()), 'fast':lambda: infer(fast,x,Anchors())}
+    if size>=512: fs |= {'P4-P6':lambda: infer(less,x,few), 'P4-P6 fast':lambda: infer(lfast,x,few)}
+    return fs
+NAMES = {'ours':'', 'fast':', optimised', 'P4-P6':', pruned to P4-P6', 'P4-P6 fast':', pruned and optimised'}
+TARGETS = {('inference','ours'):1, ('inference','fast'):2, ('inference','P4-P6'):2.2, ('inference','P4-P6 fast'):3.5, ('training step','ours'):1.2, ('training step','P4-P6'):1.8}
+def ratios(t, what, setting):
+    "Times `t` as text, with how many times as fast as torchvision each is, which is noted too"
+    for k,v in t.items():
+        if k!='torchvision': note(args.csv, f'RetinaNet, {what}{NAMES[k]}', "torchvision's", t['torchvision']/v, TARGETS[what,k], setting, args.device)
+    return {k:f'{v:.0f}' if k=='torchvision' else f'{v:.0f} ({t["torchvision"]/v:.2f}x)' for k,v in t.items()}
 inference,training = {},{}
 for arch in args.backbones:
     for size in args.sizes:
         for n in args.batches:
-            tv,ours,less = (m.eval() for m in models(arch, size))
-            x = batch(n, size)[0]
-            fast,lfast = (optimise_for_inference(m, x) for m in (ours,less))
-            fs = {'torchvision':lambda: tv_infer(tv,x), 'ours':lambda: infer(ours,x,Anchors()), 'fast':lambda: infer(fast,x,Anchors())}
-            if size>=512: fs |= {'P4-P6':lambda: infer(less,x,few), 'P4-P6 fast':lambda: infer(lfast,x,few)}
-            inference[arch,size,n] = ratios(race(fs))
+            inference[arch,size,n] = ratios(race(lookers(arch, size, n)), 'inference', f'{arch}, {size} px, batch of {n}')
             print('inference', arch, size, n, inference[arch,size,n], flush=True)
-            del tv,ours,less,fast,lfast,fs
-            for each,name in ((None,''),(4,', four'),(60,', sixty'))[:3 if n>1 else 1]:
+            for each,name in ((None,''),(4,', four'),(60,', sixty'))[:1 if n==1 or args.brief else 3]:
                 which = ('torchvision','ours')+(('P4-P6',) if size>=512 else ())
-                training[arch,size,f'{n}{name}'] = ratios(race(steps(arch, size, n, each, which), max(2,args.repeat//2)))
+                t = race(steps(arch, size, n, each, which), max(2,args.repeat//2))
+                training[arch,size,f'{n}{name}'] = ratios(t, 'training step', f'{arch}, {size} px, batch of {n}{name and name+" boxes a picture"}')
                 print('training', arch, size, f'{n}{name}', training[arch,size,f'{n}{name}'], flush=True)
 if args.backbones:
     print(f'\nInference, ms per batch ({args.device}, {torch.get_num_threads()} threads, fast is {best_dtype(args.device)})'); print(pd.DataFrame(inference).T.fillna('').to_string())
     print('\nTraining step, ms per batch'); print(pd.DataFrame(training).T.fillna('').to_string())
 
-print('\nBillion multiply-adds for one picture of 512')
 rows = {}
-for arch in args.backbones:
+for arch in [] if args.brief else args.backbones:
     for k,m,a in (('all levels',models(arch,512)[1],Anchors()),('P4-P6',models(arch,512)[2],few)):
         m.eval()
         with torch.no_grad(): levels = m.fpn(m.backbone(torch.zeros(1,3,512,512,device=args.device)))
         work = macs(m, torch.zeros(1,3,512,512,device=args.device), dict(backbone=m.backbone, neck=m.fpn))
         heads = {f'heads P{l}': sum(macs(h,[o])['all'] for h in (m.cls_head,m.box_head)) for l,o in zip(a.levels,levels)}
         rows[arch,k] = {n:v/1e9 for n,v in (work|heads|dict(all=sum(work.values())+sum(heads.values()))).items()}
-if rows: print(pd.DataFrame(rows).T.round(2).fillna(0).to_string())
+if rows: print('\nBillion multiply-adds for one picture of 512'); print(pd.DataFrame(rows).T.round(2).fillna(0).to_string())
 
 if args.memory:
     print('\nPeak memory of a training step, MiB')

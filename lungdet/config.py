@@ -25,8 +25,11 @@ def keys_of(
         res[k] = dict(type=type(p.default) if p.annotation is p.empty else p.annotation, default=p.default, doc=docs[k].docment or '')
     return res
 
-# %% ../nbs/17_config.ipynb #16c28cff
-def fits(value, kind)->bool:
+# %% ../nbs/17_config.ipynb #23677b13
+def fits(
+    value, # As TOML gives it
+    kind   # A type, or several as `int|None`
+)->bool:
     "Is `value` of the type `kind`, as an annotation has it?"
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union: return any(fits(value, o) for o in typing.get_args(kind))
     if kind is type(None) or kind is None: return value is None
@@ -40,10 +43,12 @@ def _nearest(k, known):
     near = difflib.get_close_matches(k, known, 1, .5)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
 
-# %% ../nbs/17_config.ipynb #71ab793f
+# %% ../nbs/17_config.ipynb #36e230da
 class Schema:
     "Sections of settings, each the keyword arguments of a function"
-    def __init__(self, **sections): self.sections = sections # each as `keys_of` gives it
+    def __init__(self,
+        **sections:dict # Keys by section, each as `keys_of` gives them
+    ): self.sections = sections
 
     def resolve(self,
         settings:dict, # Sections of keys and values
@@ -64,8 +69,10 @@ class Schema:
 
     def _home(self, k): return next((f"does it belong to [{s}]?" for s,o in self.sections.items() if k in o), f"the sections are {', '.join(self.sections)}")
 
-    def find(self, key:str)->tuple:
-        "Section and name of `key`, which is 'section.key', or 'key' alone if one section only has it"
+    def find(self,
+        key:str # 'section.key', or 'key' alone if one section only has it
+    )->tuple:   # Section and key
+        "Where `key` stands"
         if '.' in key: return tuple(key.split('.', 1))
         homes = [s for s,o in self.sections.items() if key in o]
         if len(homes)==1: return homes[0],key
@@ -103,15 +110,20 @@ def read_config(
         except ValueError as e: raise ValueError(f"{o!r}: {e}") from e
     return schema.resolve(settings, 'command line' if changes else str(path))
 
-# %% ../nbs/17_config.ipynb #463729f4
-def to_toml(v)->str: # A number, text, list or dict
+# %% ../nbs/17_config.ipynb #2309708f
+def to_toml(
+    v # A number, text, list, tuple, dict or None
+)->str:
     "`v` as it stands behind an equals sign in TOML"
     if v is None: return '"none"'
     if isinstance(v, (list,tuple)): return f"[{', '.join(map(to_toml, v))}]"
     if isinstance(v, dict): return '{'+', '.join(f'{json.dumps(k)} = {to_toml(o)}' for k,o in v.items())+'}'
     return repr(v) if isinstance(v, float) else json.dumps(v, ensure_ascii=False).replace('\x7f', '\\u007f')
 
-def write_config(cfg:dict, path:str|Path)->Path: # All sections with all keys, TOML file -> `path`
+def write_config(
+    cfg:dict,     # All settings, as `read_config` gives them
+    path:str|Path # TOML file to write
+)->Path:          # `path`
     "Write the settings `cfg` to `path`"
     text = '\n'.join(f'[{s}]\n'+''.join(f'{k} = {to_toml(v)}\n' for k,v in o.items()) for s,o in cfg.items())
     with atomic_path(path) as p: p.write_text(text, encoding='utf-8')

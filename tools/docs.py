@@ -2,7 +2,7 @@
 
 A chapter keeps its code, since it is a course; a page for each module has the signatures. `name` in the prose leads to the page of its module, and
 "chapter 07a" to the chapter. Formulas become MathML, so no page asks another server for anything."""
-import argparse, importlib, json, re, tempfile
+import argparse, importlib, json, re, sys, tempfile
 from pathlib import Path
 import nbformat
 from execnb.nbio import dict2nb
@@ -15,6 +15,7 @@ from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, str
 from nbdev.showdoc import show_doc
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'bench'))
 NBS,REPO = ROOT/'nbs','https://github.com/lungdet/lungdet'
 PARTS = {'Data':range(0,6), 'A detector':range(6,11), 'How good is it?':range(11,12), 'Going further':range(12,16), 'In use':range(16,18)}
 CSS = """.md-typeset math[display="block"] { display: block math; overflow-x: auto; padding: .5em 0 }
@@ -95,7 +96,7 @@ def nav(site):
     "The order of the pages, for MkDocs"
     def chapters(numbers): return [{f"{k.split('_')[0]} {title(nb)}":f'{k}.md'} for k,nb in site.nbs.items() if re.match(r'\d', k) and int(k[:2]) in numbers]
     return [{'lungdet':'index.md'}, *({part:chapters(numbers)} for part,numbers in PARTS.items()),
-            {'Experiments':[{title(nb):f'{k}.md'} for k,nb in site.nbs.items() if k.startswith('exp/')]}, {'API':[{m:f'api/{m}.md'} for m in site.modules]}]
+            {'Experiments':[{'All results':'results.md'}, *({title(nb):f'{k}.md'} for k,nb in site.nbs.items() if k.startswith('exp/'))]}, {'API':[{m:f'api/{m}.md'} for m in site.modules]}]
 
 def make_docs(out, strict=False):
     "Build the site in the folder `out`"
@@ -108,6 +109,7 @@ def make_docs(out, strict=False):
             for k,o in pictures.items(): write((made/key).parent/k, o)
         for m in site.modules: write(made/'api'/f'{m}.md', site.api(m))
         for f in (NBS/'images').glob('*.png'): write(made/'images'/f.name, f.read_bytes())
+        write(made/'results.md', importlib.import_module('results').page())
         write(made/'site.css', CSS)
         build(load_config(str(ROOT/'mkdocs.yml'), docs_dir=str(made), site_dir=str(Path(out).resolve()), nav=nav(site), strict=strict))
 
