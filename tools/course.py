@@ -21,7 +21,7 @@ def main():
     p.add_argument('--in-place', action='store_true', help='renew the outputs of nbs/*.ipynb')
     p.add_argument('only', nargs='*', help='chapters to run, by number or name, such as 06 10_learner; all if none')
     args = p.parse_args()
-    env = os.environ|{} if args.in_place else os.environ|{'LUNGDET_WORK':str(OUT/'work')}
+    env = os.environ|{'PYTHONWARNINGS':'ignore'} if args.in_place else os.environ|{'LUNGDET_WORK':str(OUT/'work'),'PYTHONWARNINGS':'ignore'}
     if args.in_place and env.get('LUNGDET_DATA'): sys.exit('The kept outputs show synthetic studies: unset LUNGDET_DATA to renew them.')
     if not args.in_place: OUT.mkdir(exist_ok=True)
     nbs = [o for o in sorted(NBS.glob('[0-9][0-9]*_*.ipynb')) if not args.only or {o.stem,o.name.split('_')[0]}&{*args.only}]
