@@ -9,19 +9,21 @@ __all__ = ['pred_cols', 'RSNA_IOUS', 'sub_cols', 'SUB_DIGITS', 'COCO_AREAS', 'FR
            'plot_precision_recall', 'voc_ap', 'coco_classes', 'coco_map', 'froc', 'plot_froc', 'image_scores',
            'image_level']
 
-# %% ../nbs/11_evaluate.ipynb #da2be9f0
+# %% ../nbs/11_evaluate.ipynb #0d0f5323
 import csv, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fractions import Fraction
 from pathlib import Path
 from faster_coco_eval import COCO, COCOeval_faster
 from sklearn.metrics import roc_auc_score
-from .core import MUTED, PRED, TRUTH, XYXY, atomic_path, show_boxes
+from .core import MUTED, PRED, TRUTH, XYXY, atomic_path
 from .formats import Annotations, complain
 
-# %% ../nbs/11_evaluate.ipynb #5bb044e4
+# %% ../nbs/11_evaluate.ipynb #be3f036b
 pred_cols = ['image_id',*XYXY,'label','score']
 
-def check_threshold(t):
+def check_threshold(
+    t:float # A score threshold
+):
     "A `ValueError` if `t` is no score"
     if not 0<=t<=1: raise ValueError(f"a score threshold of {t} is not between 0 and 1; is it in percent?")
 
@@ -47,8 +49,11 @@ def check_predictions(
     complain(out.any(1), preds, f"far outside of the picture, {w:.0f} wide and {h:.0f} high; are these boxes scaled for another size of it?")
     return preds.assign(**num)
 
-# %% ../nbs/11_evaluate.ipynb #5a0f5225
-def pair_iou(a:np.ndarray, b:np.ndarray)->np.ndarray: # (...,4), (...,4) -> (...)
+# %% ../nbs/11_evaluate.ipynb #0ca87eae
+def pair_iou(
+    a:np.ndarray, # Corner boxes, (...,4)
+    b:np.ndarray  # Corner boxes, (...,4)
+)->np.ndarray:    # Overlap of each pair, (...)
     "Intersection over union of each corner box of `a` with its partner in `b`"
     def area(o): return (o[...,2]-o[...,0])*(o[...,3]-o[...,1])
     w,h = (np.minimum(a[...,k+2],b[...,k+2])-np.maximum(a[...,k],b[...,k]) for k in (0,1))
@@ -99,15 +104,21 @@ def match_detections(
         claim[r[t[n]],k],free[i[n],lesion[n,k],k] = lesion[n,k],False
     return p,claim
 
-# %% ../nbs/11_evaluate.ipynb #37933bd7
+# %% ../nbs/11_evaluate.ipynb #1200d71b
 RSNA_IOUS = (.4,.45,.5,.55,.6,.65,.7,.75)
 
-def lesion_counts(ann:Annotations)->pd.Series:
+def lesion_counts(
+    ann:Annotations # The truth
+)->pd.Series:       # By `image_id`
     "Number of boxes of each image of `ann`"
     ids = pd.Index(ann.images.image_id)
     return pd.Series(np.bincount(ids.get_indexer(ann.boxes.image_id), minlength=len(ids)), ids, name='count')
 
-def rsna_steps(ann, preds, strict=True)->pd.DataFrame: # `preds` by image and falling score
+def rsna_steps(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions, with `pred_cols`
+    strict:bool=True    # As in `rsna_score`
+)->pd.DataFrame:        # `preds` by image and falling score
     "Adds to each row of `preds` the number of `lesions` of its image, and the image's score `before` and `after` the row"
     p,claim = match_detections(ann, preds, RSNA_IOUS, strict)
     rank,lesions = p['rank'].to_numpy(),lesion_counts(ann).to_numpy()[p.img]
@@ -185,9 +196,13 @@ def read_submission(
     complain((v[:,3:]<=0).any(1), p, "a width or height that is not positive")
     return check_predictions(ann, p)[pred_cols].reset_index(drop=True)
 
-# %% ../nbs/11_evaluate.ipynb #aa048f70
-def threshold_sweep(ann:Annotations, preds:pd.DataFrame, strict:bool=True)->pd.DataFrame: # Falling `threshold`, and its `rsna` score
-    "The challenge's score with each different score in `preds` as the threshold; `strict` as in `rsna_score`"
+# %% ../nbs/11_evaluate.ipynb #1421d98b
+def threshold_sweep(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions, with `pred_cols`
+    strict:bool=True    # As in `rsna_score`
+)->pd.DataFrame:        # Falling `threshold`, and its `rsna` score
+    "The challenge's score with each different score in `preds` as the threshold"
     p = rsna_steps(ann, preds, strict)
     p = p.iloc[np.argsort(-p.score.to_numpy(), kind='stable')]
     total = (p.after-p.before).cumsum()
@@ -279,7 +294,7 @@ def voc_ap(
         res[c] = np.nan if not (ann.boxes.label==c).any() else best.mean() if eleven else (np.diff(pr.recall, prepend=0.)*best[:-1]).sum()
     return pd.Series(res, dtype=float, name='AP')
 
-# %% ../nbs/11_evaluate.ipynb #3cfa6b2b
+# %% ../nbs/11_evaluate.ipynb #852e1080
 COCO_AREAS = (32**2,96**2)
 
 def _coco_arrays(ann, preds, areas): # Precision (T,R,K,4,3) and recall (T,K,4,3): IoU, recall, class, size, boxes an image; -1 without truth
@@ -310,22 +325,37 @@ def coco_classes(
     for i,k in enumerate(('small','medium','large'), 1): res |= {f'AP_{k}':ap[...,i].mean(0), f'AR_{k}':ar[:,i,2]}
     return pd.DataFrame(res, index=pd.Index(ann.classes, name='label')).replace(-1, np.nan)
 
-def coco_map(ann:Annotations, preds:pd.DataFrame, areas=COCO_AREAS)->pd.Series: # The columns of `coco_classes`
+def coco_map(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions, with `pred_cols`
+    areas=COCO_AREAS    # Smallest area of a medium and of a large lesion, px of the original
+)->pd.Series:           # The columns of `coco_classes`
     "COCO's average precision and recall of `preds`, mean over the classes of `ann`; NaN without any truth"
     return coco_classes(ann, preds, areas).mean()
 
-# %% ../nbs/11_evaluate.ipynb #8481f4e2
+# %% ../nbs/11_evaluate.ipynb #41ded07c
 FROC_RATES = (1/8,1/4,1/2,1,2,4,8)
 
-def froc(ann:Annotations, preds:pd.DataFrame, iou:float=.5, rates=FROC_RATES)->pd.Series: # Share of lesions found, and the `mean`
-    "Sensitivity for lesions (overlap of more than `iou`) at `rates` false positives per image"
+def froc(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions, with `pred_cols`
+    iou:float=.5,       # Overlap that a found lesion exceeds
+    rates=FROC_RATES    # False positives per image
+)->pd.Series:           # Share of lesions found at each of `rates`, and their `mean`
+    "Sensitivity for lesions at `rates` false positives per image"
     pr = precision_recall(ann, preds, iou)
     res = {str(Fraction(r).limit_denominator(1000)):pr.recall[pr.fp<=r*len(ann.images)].max() for r in rates}
     res = pd.Series(res, dtype=float).fillna(0. if len(ann.boxes) else np.nan)
     return pd.concat([res, pd.Series({'mean':res.mean()})])
 
-def plot_froc(ann:Annotations, preds:pd.DataFrame, iou:float=.5, ax=None, rates=FROC_RATES): # The axes
-    "The FROC curve of `preds`, with dots at `rates`; `iou` as in `froc`"
+def plot_froc(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame, # Predictions, with `pred_cols`
+    iou:float=.5,       # Overlap that a found lesion exceeds
+    ax=None,            # Axes to draw on, None: a new figure
+    rates=FROC_RATES    # False positives per image at which there is a dot
+):                      # The axes
+    "The FROC curve of `preds`"
     ax = plt.subplots(figsize=(3.8,3), layout='constrained')[1] if ax is None else ax
     pr,res = precision_recall(ann, preds, iou),froc(ann, preds, iou, rates)
     pr = pr[pr.fp<=max(rates)*len(ann)] # what is further right is not drawn
@@ -335,8 +365,11 @@ def plot_froc(ann:Annotations, preds:pd.DataFrame, iou:float=.5, ax=None, rates=
     ax.set(xlim=(min(rates)/2,max(rates)*1.2), ylim=(0,1.03), xlabel='false positives per image', ylabel='share of lesions found', title=f"mean {res['mean']:.3f}")
     return ax
 
-# %% ../nbs/11_evaluate.ipynb #91df709e
-def image_scores(ann:Annotations, preds:pd.DataFrame)->pd.Series: # Highest score on each image, 0 if it has none
+# %% ../nbs/11_evaluate.ipynb #fc76a83d
+def image_scores(
+    ann:Annotations,    # The truth
+    preds:pd.DataFrame  # Predictions, with `pred_cols`
+)->pd.Series:           # Highest score on each image, 0 if it has none
     "How suspicious each image of `ann` is"
     p = check_predictions(ann, preds)
     return p.score.groupby(p.image_id.to_numpy()).max().reindex(ann.images.image_id, fill_value=0.).rename('score')

@@ -6,8 +6,8 @@
 __all__ = ['DETECTOR_FORMAT', 'retina_splitter', 'detector_adam', 'DetectionLearner', 'retinanet_learner', 'detect',
            'show_detections', 'save_detector', 'check_detector', 'read_detector', 'load_detector', 'detector_learner']
 
-# %% ../nbs/10_learner.ipynb #60934365
-import math, re, timm, torch, torchvision, warnings, pandas as pd
+# %% ../nbs/10_learner.ipynb #bdf175b1
+import re, timm, torch, torchvision, warnings, pandas as pd
 import torch.nn.functional as F
 from pathlib import Path
 from fastai.vision.all import Learner, L, Adam, progress_bar
@@ -25,8 +25,10 @@ from .retinanet import RetinaNet
 from .decode import postprocess
 from .loss import RetinaLoss
 
-# %% ../nbs/10_learner.ipynb #71e5d19b
-def retina_splitter(m:RetinaNet):
+# %% ../nbs/10_learner.ipynb #15ae5c0a
+def retina_splitter(
+    m:RetinaNet # The model of a learner
+)->L:           # Three lists of its parameters
     "Early stages of the backbone, late stages, pyramid and heads"
     early,late = m.backbone.parts()
     own = {id(p) for p in early+late}
@@ -48,7 +50,7 @@ class DetectionLearner(Learner):
     "fastai's `Learner` without its `tta`, which does not know that boxes move with their picture; chapter 14 has one that does"
     def tta(self, *args, **kwargs): raise ValueError("fastai's tta would mix the boxes of a picture with those of its mirror image; `from lungdet.ensemble import *` brings one that knows better")
 
-# %% ../nbs/10_learner.ipynb #93e57775
+# %% ../nbs/10_learner.ipynb #8a1a0fa1
 def retinanet_learner(
     dls, # As `detection_dls` gives them
     backbone='resnet34', # A network of torchvision or timm, by name or function, see `Backbone`
@@ -66,10 +68,10 @@ def retinanet_learner(
     anchors,more = anchors or Anchors(),dict(n_categories=len(dls.categories))|(model or {})
     if metadata and not dls.metadata: raise ValueError(f"metadata={metadata!r}, but these DataLoaders load none; name the columns: detection_dls(..., metadata=['age','sex','view'])")
     if metadata: more |= dict(metadata=metadata, fields=dls.metadata)
-    model = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth, anchors.levels, **more)
-    cfg = dict(backbone=model.backbone.name, in_channels=dls.channels, mode=dls.mode, stats=[list(map(float,o)) for o in dls.stats], classes=dls.classes, size=dls.size,
+    net = RetinaNet(Backbone(backbone, pretrained, dls.channels), dls.c, anchors.per_cell, width, depth, anchors.levels, **more)
+    cfg = dict(backbone=net.backbone.name, in_channels=dls.channels, mode=dls.mode, stats=[list(map(float,o)) for o in dls.stats], classes=dls.classes, size=dls.size,
                width=width, depth=depth, sizes=anchors.sizes, ratios=anchors.ratios, levels=anchors.levels, categories=dls.categories, model=more)
-    learn = _learner(dls, model, cfg, loss, opt_func=opt_func, **kwargs)
+    learn = _learner(dls, net, cfg, loss, opt_func=opt_func, **kwargs)
     if pretrained: learn.freeze()
     return learn
 
@@ -81,7 +83,31 @@ def _learner(dls, model, cfg, loss, **kwargs):
     learn.detector = cfg
     return learn
 
-# %% ../nbs/10_learner.ipynb #2d85c646
+# %% ../nbs/10_learner.ipynb #2a9761ec
+def _seen(x, side, flip):
+    "Pictures `x` (N,C,h,w) at another `side` (height, width), and mirrored, if so"
+    if x.shape[-2:]!=side: x = F.interpolate(x.as_subclass(torch.Tensor), side, mode='bilinear', antialias=True)
+    return x.flip(-1) if flip else x
+
+def _rows(o, item, size, classes):
+    "Detections `o` (n,6) on a picture of `size` as rows of boxes in pixels of the original"
+    xy = clip_boxes(picture_fit(item, size).back(o[:,:4]), (item['height'],item['width']))
+    xy,o = xy[area(xy)>0].double().numpy(),o[area(xy)>0] # what lies on a black border of the picture is nowhere in the original
+    df = pd.DataFrame(xy, columns=['x1','y1','x2','y2']).assign(label=[classes[int(k)] for k in o[:,5]], score=o[:,4].double().numpy())
+    df.insert(0, 'image_id', item['image_id'])
+    return df
+
+# %% ../nbs/10_learner.ipynb #3299cdd5
+def _warn_unknown(fields, known, items):
+    "Warn of those `fields` that a model was trained with and no row of `items` knows; for each batch, `known` has which are"
+    names = [f['name'] for f in fields]
+    lost = [f for f,*k in zip(fields,*known) if not any(k) and f['name'] not in items[0].get('instead', {})] # who lies knows it
+    if fields and not lost: return
+    what = f"of these {len(items)} images none is known" if len(lost)==len(fields) else f"unknown of all these {len(items)} images: {', '.join(f['name'] for f in lost)}"
+    odd = [f"{f['name']} {v!r} is none of {', '.join(f['values'])}" for f in lost if 'values' in f for v in [o[f['name']] for o in items if pd.notna(o.get(f['name']))][:1]]
+    warnings.warn(f"this detector was trained with {', '.join(names)}, and {what}; {'; '.join(odd) or 'are the columns missing, or named otherwise?'}", stacklevel=3)
+
+# %% ../nbs/10_learner.ipynb #3500ffaa
 def detect(
     learn:Learner, # A learner of `retinanet_learner`
     ann:Annotations|None=None, # The images to look at; the validation part of `learn.dls.ann` if None
@@ -111,28 +137,6 @@ def detect(
     res = pd.concat([_rows(o, it, side, learn.dls.classes) for o,it in zip(out,items)], ignore_index=True)
     return res if point is None else point.apply(res).reset_index(drop=True)
 
-def _warn_unknown(fields, known, items):
-    "Warn of those `fields` that a model was trained with and no row of `items` knows; for each batch, `known` has which are"
-    names = [f['name'] for f in fields]
-    lost = [f for f,*k in zip(fields,*known) if not any(k) and f['name'] not in items[0].get('instead', {})] # who lies knows it
-    if fields and not lost: return
-    what = f"of these {len(items)} images none is known" if len(lost)==len(fields) else f"unknown of all these {len(items)} images: {', '.join(f['name'] for f in lost)}"
-    odd = [f"{f['name']} {v!r} is none of {', '.join(f['values'])}" for f in lost if 'values' in f for v in [o[f['name']] for o in items if pd.notna(o.get(f['name']))][:1]]
-    warnings.warn(f"this detector was trained with {', '.join(names)}, and {what}; {'; '.join(odd) or 'are the columns missing, or named otherwise?'}", stacklevel=3)
-
-def _seen(x, side, flip):
-    "Pictures `x` (N,C,h,w) at another `side` (height, width), and mirrored, if so"
-    if x.shape[-2:]!=side: x = F.interpolate(x.as_subclass(torch.Tensor), side, mode='bilinear', antialias=True)
-    return x.flip(-1) if flip else x
-
-def _rows(o, item, size, classes):
-    "Detections `o` (n,6) on a picture of `size` as rows of boxes in pixels of the original"
-    xy = clip_boxes(picture_fit(item, size).back(o[:,:4]), (item['height'],item['width']))
-    xy,o = xy[area(xy)>0].double().numpy(),o[area(xy)>0] # what lies on a black border of the picture is nowhere in the original
-    df = pd.DataFrame(xy, columns=['x1','y1','x2','y2']).assign(label=[classes[int(k)] for k in o[:,5]], score=o[:,4].double().numpy())
-    df.insert(0, 'image_id', item['image_id'])
-    return df
-
 # %% ../nbs/10_learner.ipynb #e8386c11
 def show_detections(
     ann:Annotations, # Images and their true boxes
@@ -154,63 +158,101 @@ def show_detections(
         show_boxes(None, drawn(p,f), scores=p.score.tolist(), ax=ax, color=PRED)
     return axs
 
-# %% ../nbs/10_learner.ipynb #8939483a
+# %% ../nbs/10_learner.ipynb #88cdc149
 DETECTOR_FORMAT = 1 # Of the files that `save_detector` writes; those before it had no number
 
 def save_detector(
     learn:Learner, # A learner of `retinanet_learner`
     path:str|Path, # File to write, *.safetensors
-    **use          # What it takes to use the model (chapter 16a): `pictures`, `point`, `expected`; as JSON
+    **kwargs       # What it takes to use the model (chapter 16a): `pictures`, `point`, `expected`; as JSON
 )->Path:           # `path`
     "Write the model of `learn` and what it takes to build it again, whole or not at all"
     if 'backbone' not in learn.detector: raise ValueError(f"{path} could not be loaded again: this learner is no single detector but {learn.detector}; keep the files of its parts")
-    return save_weights(learn.model, dict(format=DETECTOR_FORMAT, lungdet=__version__)|learn.detector|use, path)
+    return save_weights(learn.model, dict(format=DETECTOR_FORMAT, lungdet=__version__)|learn.detector|kwargs, path)
 
-# %% ../nbs/10_learner.ipynb #cd671628
+# %% ../nbs/10_learner.ipynb #d9fb2134
 def _within(lo, hi, kind=int): return lambda v: isinstance(v, kind) and not isinstance(v, bool) and lo<=v<=hi
 def _all(ok, lo=1, hi=64): return lambda v: isinstance(v, list) and lo<=len(v)<=hi and all(map(ok, v))
 def _maybe(ok): return lambda v: v is None or ok(v)
 def _any(*vs): return lambda v: isinstance(v, (str,type(None))) and v in vs
-_name,_number = lambda v: isinstance(v, str) and 0<len(v)<=200,_within(-1e6, 1e6, (int,float))
-_names = lambda v: _all(_name, 0, 1000)(v) and len(set(v))==len(v)
+def _real(lo, hi): return _within(lo, hi, (int,float))
+def _name(v): return isinstance(v, str) and 0<len(v)<=200
+def _names(v): return _all(_name, 0, 1000)(v) and len(set(v))==len(v)
 
+# %% ../nbs/10_learner.ipynb #6017a0c0
 def _network(v):
     "A name in torchvision's or timm's registry: no path, no address"
-    return isinstance(v, str) and re.fullmatch(r'(timm/)?\w+(\.\w+)?', v, re.ASCII) and (v in torchvision.models.list_models(module=torchvision.models) or timm.is_model(v.removeprefix('timm/')))
+    known = isinstance(v, str) and re.fullmatch(r'(timm/)?\w+(\.\w+)?', v, re.ASCII)
+    return bool(known) and (v in torchvision.models.list_models(module=torchvision.models) or timm.is_model(v.removeprefix('timm/')))
 
 def _field(v):
     "One of `metadata_fields`"
     if not isinstance(v, dict) or not _name(v.get('name')): return False
-    return _names(v['values']) and v['values'] if set(v)=={'name','values'} else set(v)=={'name','mean','sd'} and _number(v['mean']) and _within(1e-6, 1e6, (int,float))(v['sd'])
+    if set(v)=={'name','values'}: return _names(v['values']) and len(v['values'])>0
+    return set(v)=={'name','mean','sd'} and _real(-1e6, 1e6)(v['mean']) and _real(1e-6, 1e6)(v['sd'])
 
-_MODEL = dict(n_categories=_within(0, 1000), neck=lambda v: isinstance(v, str) and v in necks, norm=_any('batch','frozen','group'), norm_eps=_maybe(_within(0, 1, (int,float))),
-              neck_args=_maybe(lambda v: isinstance(v, dict) and all(isinstance(o, str) or _within(0, 64, (int,float))(o) for o in v.values())),
-              head_norm=_any(None,'group'), prior=_within(1e-9, 1, float), metadata=_maybe(_name), fields=_maybe(_all(_field)))
-_DETECTOR = dict(backbone=_network, in_channels=lambda v: v in (1,3), mode=_any(*MODES), classes=lambda v: _names(v) and v, size=_within(16, 4096), width=_within(1, 2048),
-                 depth=_within(0, 32), sizes=_all(_all(_within(1, 1e5, (int,float))), 1, 5), ratios=_all(_within(.01, 100, (int,float))), levels=_all(_within(3, 7), 1, 5),
-                 stats=lambda v: _all(_all(_number, 1, 3), 2, 2)(v) and len(v[0])==len(v[1]) and min(v[1])>0, categories=_names, model=lambda v: isinstance(v, dict))
+def _stats(v):
+    "Means and deviations of the channels"
+    return _all(_all(_real(-1e6, 1e6), 1, 3), 2, 2)(v) and len(v[0])==len(v[1]) and min(v[1])>0
 
-# %% ../nbs/10_learner.ipynb #82eafb63
-def check_detector(cfg:dict, path): # Of the file at `path`
+# %% ../nbs/10_learner.ipynb #7dbf243c
+_MODEL = dict(
+    n_categories=_within(0, 1000),
+    neck=lambda v: isinstance(v, str) and v in necks,
+    neck_args=_maybe(lambda v: isinstance(v, dict) and all(isinstance(o, str) or _real(0, 64)(o) for o in v.values())),
+    norm=_any('batch','frozen','group'),
+    norm_eps=_maybe(_real(0, 1)),
+    head_norm=_any(None,'group'),
+    prior=_within(1e-9, 1, float),
+    metadata=_maybe(_name),
+    fields=_maybe(_all(_field)))
+
+_DETECTOR = dict(
+    backbone=_network,
+    in_channels=lambda v: v in (1,3),
+    mode=_any(*MODES),
+    stats=_stats,
+    classes=lambda v: _names(v) and len(v)>0,
+    categories=_names,
+    size=_within(16, 4096),
+    width=_within(1, 2048),
+    depth=_within(0, 32),
+    sizes=_all(_all(_real(1, 1e5)), 1, 5),
+    ratios=_all(_real(.01, 100)),
+    levels=_all(_within(3, 7), 1, 5),
+    model=lambda v: isinstance(v, dict))
+
+_USE = 'format','lungdet','pictures','point','expected' # what else may be there; chapter 16a looks at the last three
+
+# %% ../nbs/10_learner.ipynb #e050ac3d
+def _check_values(d, known, path, where=''):
+    "A `ValueError` if `d` has a key that is not in `known`, or a value that is not as it says there"
+    if odd := [k for k in d if k not in known]: raise ValueError(f"{path} has a key {where+odd[0]!r:.60} that no detector has; of another program, or changed?")
+    if bad := [k for k,v in d.items() if not known[k](v)]: raise ValueError(f"{path} has {where}{bad[0]} = {str(d[bad[0]])[:60]}, which no detector has; was the file changed?")
+
+def check_detector(
+    cfg:dict,     # A configuration, as `save_detector` writes it
+    path:str|Path # The file that it comes from, for the message
+):
     "A `ValueError` unless `cfg` describes a detector that this version can build"
     if 'backbone' not in cfg: raise ValueError(f"{path} is no detector, its configuration is {str(cfg)[:200]}; was it written by save_detector?")
     if not _within(0, DETECTOR_FORMAT)(cfg.get('format', 0)):
         raise ValueError(f"{path} is of format {str(cfg['format'])[:20]}, written by lungdet {str(cfg.get('lungdet'))[:20]}; lungdet {__version__} reads up to {DETECTOR_FORMAT}. pip install -U lungdet")
-    use,model = ('format','lungdet','pictures','point','expected'),cfg.get('model')
-    for known,d,where in ((_DETECTOR,{k:v for k,v in cfg.items() if k not in use},''), (_MODEL,model if isinstance(model, dict) else {},'model.')):
-        if odd := [k for k in d if k not in known]: raise ValueError(f"{path} has a key {where+odd[0]!r:.60} that no detector has; of another program, or changed?")
-        if bad := [k for k,v in d.items() if not known[k](v)]: raise ValueError(f"{path} has {where}{bad[0]} = {str(d[bad[0]])[:60]}, which no detector has; was the file changed?")
+    _check_values({k:v for k,v in cfg.items() if k not in _USE}, _DETECTOR, path)
     if lost := [k for k in _DETECTOR if k not in cfg]: raise ValueError(f"{path} does not say {lost[0]!r}; was the file changed?")
+    _check_values(cfg['model'], _MODEL, path, 'model.')
     if len(cfg['stats'][0]) not in (1,cfg['in_channels']): raise ValueError(f"{path} has stats of {len(cfg['stats'][0])} channels for {cfg['in_channels']}; was the file changed?")
 
+# %% ../nbs/10_learner.ipynb #9c186010
 def _build(cfg):
     anchors = Anchors(cfg['sizes'], cfg['ratios'], cfg['levels'])
     return RetinaNet(Backbone(cfg['backbone'],False,cfg['in_channels']), len(cfg['classes']), anchors.per_cell, cfg['width'], cfg['depth'], cfg['levels'], **cfg['model'])
 
-# %% ../nbs/10_learner.ipynb #764d4746
 _TYPES = {torch.float32:'F32', torch.float64:'F64', torch.float16:'F16', torch.bfloat16:'BF16', torch.int64:'I64', torch.int32:'I32', torch.bool:'BOOL', torch.uint8:'U8'}
 
-def read_detector(path:str|Path)->tuple: # The model, in evaluation mode, its configuration, and what else `save_detector` was given
+def read_detector(
+    path:str|Path # File to read, *.safetensors
+)->tuple:         # The model, in evaluation mode, its configuration, and what else `save_detector` was given
     "All that is in a detector's file, or a `ValueError` before anything large is made"
     shapes,cfg = weights_header(path)
     check_detector(cfg, path)
@@ -225,7 +267,9 @@ def read_detector(path:str|Path)->tuple: # The model, in evaluation mode, its co
     model.load_state_dict(state)
     return model.eval(),{k:v for k,v in cfg.items() if k in _DETECTOR},{k:v for k,v in cfg.items() if k not in _DETECTOR}
 
-def load_detector(path:str|Path)->tuple: # The model, in evaluation mode, and its configuration
+def load_detector(
+    path:str|Path # File to read, *.safetensors
+)->tuple:         # The model, in evaluation mode, and its configuration
     "What `save_detector` wrote"
     return read_detector(path)[:2]
 

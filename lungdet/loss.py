@@ -182,7 +182,7 @@ def share(self:RetinaLoss,
         self.now = total = .9*self.positives+.1*total.item() if torch.is_grad_enabled() else self.positives
     return torch.ones_like(n, dtype=torch.float32)/total
 
-# %% ../nbs/09_loss.ipynb #5b017e9c
+# %% ../nbs/09_loss.ipynb #9e63e705
 @patch
 def check_classes(self:RetinaLoss,
     k:int # How many classes the model tells apart
@@ -199,15 +199,15 @@ def terms(self:RetinaLoss,
 )->dict:           # Tensors of one number: `cls`, `box`, and `image` if the model judges the picture
     "Mean losses of a batch"
     z,d,*image = (o.as_subclass(Tensor).float() for o in preds)                            # (N,A,K), (N,A,4), (N,K')
-    boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(*self.size, z.device, z.shape[1])
-    counts = self.anchors.counts(*self.size)
-    asked,i,j,b,l = batch_targets(boxes, labels, a, counts, self.matcher)
+    h,w = self.size
+    boxes,labels,a = boxes.as_subclass(Tensor).float(),labels.as_subclass(Tensor).long(),self.anchors(h, w, z.device, z.shape[1])
+    asked,i,j,b,l = batch_targets(boxes, labels, a, self.anchors.counts(h, w), self.matcher)
     if len(l) and l.max()>=z.shape[2]: raise ValueError(f"label {l.max()} of {z.shape[2]} classes; are they counted from 0?")
     self.check_classes(z.shape[2])
-    alpha = self.alpha.to(z.device) if self.n_alpha else self.alpha                        # (K,) or one
-    share,w = self.share(i.bincount(minlength=len(z))),asked[...,None].expand_as(z).float()
-    w[i,j,l] = 0                                                                           # asked for a 1 below
-    no = focal_loss(z, self.smoothing/2, alpha, self.gamma).mul(w).sum((1,2))              # (N,)
-    yes = focal_loss(z[i,j,l], 1-self.smoothing/2, alpha[l] if self.n_alpha else alpha, self.gamma) # (P,)
+    alpha = self.alpha.to(z.device) if isinstance(self.alpha, Tensor) else self.alpha      # (K,) or one
+    share,wt = self.share(i.bincount(minlength=len(z))),asked[...,None].expand_as(z).float()
+    wt[i,j,l] = 0                                                                          # asked for a 1 below
+    no = focal_loss(z, self.smoothing/2, alpha, self.gamma).mul(wt).sum((1,2))             # (N,)
+    yes = focal_loss(z[i,j,l], 1-self.smoothing/2, alpha[l] if isinstance(alpha, Tensor) else alpha, self.gamma) # (P,)
     res = dict(cls=(no*share).sum()+(yes*share[i]).sum(), box=(self.box_loss(d[i,j],b,a[j])*share[i]).sum())
     return res | {'image':image_loss(o, labels, None if category is None else category.as_subclass(Tensor).long()) for o in image}

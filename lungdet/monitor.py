@@ -18,17 +18,17 @@ from .decode import postprocess
 from .evaluate import best_threshold, coco_map, image_level
 from .formats import Annotations
 
-# %% ../nbs/11a_monitor.ipynb #74499eb2
+# %% ../nbs/11a_monitor.ipynb #abbe7501
 def box_rows(
     boxes:Tensor,  # Corners in pixels, (N,M,4)
     labels:Tensor, # Classes, `PAD` where there is no box, (N,M)
     first:int=0,   # Number of the first picture
-    **more         # Other columns, (N,M) each
-)->pd.DataFrame:   # One row per box: `image_id` (the number of its picture), corners, `label`, and `more`
+    **kwargs       # Other columns, (N,M) each
+)->pd.DataFrame:   # One row per box: `image_id` (the number of its picture), corners, `label`, and the other columns
     "The boxes of a batch as rows, without the padding"
     n,i = ((labels!=PAD)&(area(boxes)>0)).nonzero(as_tuple=True)
     def column(o): return o[n,i].double().cpu().numpy()
-    df = pd.DataFrame(column(boxes), columns=XYXY).assign(label=column(labels).astype(int), **{k:column(o) for k,o in more.items()})
+    df = pd.DataFrame(column(boxes), columns=XYXY).assign(label=column(labels).astype(int), **{k:column(o) for k,o in kwargs.items()})
     df.insert(0, 'image_id', (n+first).cpu().numpy().astype(str))
     return df
 
@@ -55,7 +55,7 @@ def batch_place(
     first = dl.rank*dl.n_padded//dl.world_size+seen
     return first,max(0, min(n, dl.n-first))
 
-# %% ../nbs/11a_monitor.ipynb #4e45d006
+# %% ../nbs/11a_monitor.ipynb #63a9a966
 class DetectionScores(Callback):
     "Parts of the validation loss and scores of the detections, after each epoch, as columns of fastai's table"
     order,run_train = Recorder.order-1,False
@@ -73,11 +73,17 @@ class DetectionScores(Callback):
         self.learn.metrics = [*self.metrics,*self.columns]
 
     def after_fit(self): self.learn.metrics = [o for o in self.metrics if o not in self.columns]
-    def score(self, name): return self.scores.get(name, np.nan)
-    def empty(self): self.seen,self.n,self.sums,self.scores,self.truth,self.found = 0,0,{},{},[],[]
+    def score(self,
+        name:str # One of the columns
+    )->float:
+        "What the last validation gave; NaN before the first"
+        return self.scores.get(name, np.nan)
+    def empty(self):
+        "Forget what was collected"
+        self.seen,self.n,self.sums,self.scores,self.truth,self.found = 0,0,{},{},[],[]
     before_train = before_validate = empty
 
-# %% ../nbs/11a_monitor.ipynb #7a0caa3b
+# %% ../nbs/11a_monitor.ipynb #a52aa5c5
 @patch
 def after_batch(self:DetectionScores):
     "Add up the parts of the loss, and collect true and found boxes"
@@ -89,25 +95,27 @@ def after_batch(self:DetectionScores):
     preds,(boxes,labels,*category) = ([o[:n] for o in os] for os in (self.pred,self.yb))
     weights = dict(box=loss.box_weight, image=loss.image_weight)
     for k,v in loss.terms(preds, boxes, labels, *category).items(): self.sums[k] = self.sums.get(k,0.)+n*weights.get(k,1)*v.item()
-    d = postprocess(preds, loss.anchors, loss.size, **self.how).cpu()                     # (n,D,6)
+    d = postprocess(tuple(preds), loss.anchors, loss.size, **self.how).cpu()                     # (n,D,6)
     self.n += n
     self.truth.append(box_rows(boxes, labels, first))
     self.found.append(box_rows(d[...,:4], d[...,5], first, score=d[...,4]))
 
-# %% ../nbs/11a_monitor.ipynb #fab6b7ed
+# %% ../nbs/11a_monitor.ipynb #d2aa510b
 @patch
 def after_validate(self:DetectionScores):
     "Score what all processes have collected"
     if not self.seen: return
     mine = (self.n, self.sums, self.truth, self.found)
-    parts = [mine]
+    parts:list = [mine]
     if hasattr(self.dl, 'n_padded'): parts = [None]*self.dl.world_size; torch.distributed.all_gather_object(parts, mine)
     ns,sums,truth,found = zip(*parts)
     n,(truth,found) = sum(ns),(pd.concat([o for part in tables for o in part]) for tables in (truth,found))
     self.scores = {k:sum(o.get(k,0.) for o in sums)/n for k in sums[0]}|picture_scores(truth, found, n, self.dls.c)
 
-# %% ../nbs/11a_monitor.ipynb #97242d06
-def history(learn:Learner)->pd.DataFrame: # One row for each `epoch`
+# %% ../nbs/11a_monitor.ipynb #f3cdef56
+def history(
+    learn:Learner # A learner that has just been trained
+)->pd.DataFrame:  # One row for each `epoch`
     "What fastai's recorder holds of the last `fit`: losses and scores"
     rec = learn.recorder
     names,rows = [o for o in getattr(rec,'metric_names',[])[1:] if o!='time'],getattr(rec,'values',[])

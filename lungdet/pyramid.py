@@ -20,7 +20,7 @@ def check_levels(
         raise ValueError(f"levels={levels} must follow one another, begin at 3, 4 or 5 and end at 5, 6 or 7, such as (3,4,5,6,7) or (4,5,6)")
     return levels
 
-# %% ../nbs/07c_pyramid.ipynb #02b4c8dd
+# %% ../nbs/07c_pyramid.ipynb #b57878c9
 class FPN(nn.Module):
     "Features at 1/8, 1/16 and 1/32 to `levels` of `width` channels each"
     def __init__(self,
@@ -38,7 +38,9 @@ class FPN(nn.Module):
         if 6 in self.levels: self.p6 = conv(channels[-1] if p6=='c5' else width, 3, 2)
         if 7 in self.levels: self.p7 = conv(width, 3, 2)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_uniform_(m.weight, a=1), nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_uniform_(m.weight, a=1)
+                if m.bias is not None: nn.init.zeros_(m.bias)
 
     def forward(self, feats): # C3 (N,c3,h/8,w/8), C4 (N,c4,h/16,w/16), C5 (N,c5,h/32,w/32)
         tops = [lat(f) for lat,f in zip(self.lateral, feats[self.low:])]

@@ -66,7 +66,7 @@ class FastRetinaNet(nn.Module):
         self.model,self.dtype = model.to(dtype).to(memory_format=torch.channels_last),dtype
     def forward(self, x, meta=None): return tuple(o.float() for o in self.model(x.to(self.dtype, memory_format=torch.channels_last), *(() if meta is None else (meta,))))
 
-# %% ../nbs/08c_speed.ipynb #4d8f2014
+# %% ../nbs/08c_speed.ipynb #629eef8a
 def optimise_for_inference(
     model:RetinaNet, # Any model of this course; it stays as it is
     x:Tensor,        # A typical batch, (N,C,h,w)
@@ -80,6 +80,6 @@ def optimise_for_inference(
         fold_norms(fast, x[:1])
         off = max(((a-b).abs().max()/a.abs().max().clamp(min=1)).item() for a,b in zip(want, fast(x[:1])))
     if not off<1e-2: raise ValueError(f"without its norms the model answers differently, by {off:.2g}; does something read a convolution's output besides its norm?")
-    fast = FastRetinaNet(fast, dtype or best_dtype(x.device)).eval()
-    if compile: fast.compile()
-    return fast
+    res = FastRetinaNet(fast, dtype or best_dtype(x.device)).eval()
+    if compile: res.compile()
+    return res
