@@ -15,13 +15,15 @@ from .evaluate import coco_map, lesion_counts, match_detections, pair_iou, pred_
 from .formats import Annotations, box_cols
 from .pictures import load_picture
 
-# %% ../nbs/11j_errors.ipynb #f2b624ef
+# %% ../nbs/11j_errors.ipynb #3b16fecb
 FALSE_POSITIVES = {'with a lesion':'false positive beside a lesion', 'not normal':'false positive on not normal',
          'normal':'false positive on normal', 'unknown':'false positive, category unknown'} # group of the image: kind of the box
 BOX_KINDS = ['hit','duplicate','wrong class','poorly localised',*FALSE_POSITIVES.values()]
 LESION_KINDS = ['hit','wrong class','poorly localised','below the threshold','missed']
 
-def image_kinds(ann:Annotations)->pd.Series: # A key of `FALSE_POSITIVES` for each image
+def image_kinds(
+    ann:Annotations # The truth, with the `category` of its images
+)->pd.Series:       # A key of `FALSE_POSITIVES` for each image
     "What kind of exam each image of `ann` is, whatever its data set calls its categories"
     c = ann.images.category.str.strip().str.lower()
     is_ = {'with a lesion':(lesion_counts(ann)>0).to_numpy(), 'unknown':c.isna(), 'normal':c.isin(['normal','no finding','no findings'])}
@@ -76,14 +78,16 @@ def box_fit(
     (c,s),(c0,s0) = parts(np.asarray(boxes, float)),parts(np.asarray(lesions, float))
     return np.concatenate([(c-c0)/s0, s/s0], 1)
 
-# %% ../nbs/11j_errors.ipynb #e420ba2a
+# %% ../nbs/11j_errors.ipynb #a7852670
 def _num(x, digits=2): return f'{x:.{digits}f}'.removeprefix('0')
 def _pct(x): return f'{100*x:.0f} %'
 
 def fit_words(
-    dx:float, dy:float, # Shift right and down, in widths and heights of the lesion
-    w:float, h:float    # Width and height, as multiples of the lesion's
-)->str:                 # Empty if neither is worth a word
+    dx:float, # Shift to the right, in widths of the lesion
+    dy:float, # Shift down, in heights of the lesion
+    w:float,  # Width, as a multiple of the lesion's
+    h:float   # Height, as a multiple of the lesion's
+)->str:       # Empty if neither is worth a word
     "Say what is wrong with a box, from a row of `box_fit`"
     def lost(inter, both): return 1-inter/(both-inter)
     moved = lost(max(0,1-abs(dx))*max(0,1-abs(dy)), 2)
@@ -181,12 +185,13 @@ def classify_errors(
     t = t.assign(reason=[_lesion_reason(r, threshold) for r in t.itertuples()])
     return p[[*pred_cols,'kind','iou','truth','reason']].reset_index(drop=True),t[[*box_cols,'kind','iou','score','reason']]
 
-# %% ../nbs/11j_errors.ipynb #8c586f82
+# %% ../nbs/11j_errors.ipynb #5a9233ac
 def error_counts(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions, with `pred_cols`
     threshold:float,    # As in `classify_errors`
-    iou:float=.5, loose:float=.1
+    iou:float=.5,       # A hit overlaps its lesion by more than this
+    loose:float=.1      # A poorly localised box overlaps one by more than this
 )->pd.DataFrame:        # Rows 'images', 'boxes' and 'lesions', the latter two by kind; columns: groups of images, `all`, and `share`
     "Count what happened to boxes and to lesions, by what their image is"
     group,several = image_kinds(ann),len(ann.classes)>1
@@ -201,12 +206,13 @@ def error_counts(
     total = res.sum(axis=1)
     return res.assign(all=total, share=total/total.groupby('of').transform('sum').replace(0, np.nan))
 
-# %% ../nbs/11j_errors.ipynb #7c247423
+# %% ../nbs/11j_errors.ipynb #09f09f36
 def error_costs(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions, with `pred_cols`
     threshold:float,    # As in `classify_errors`
-    iou:float=.5, loose:float=.1
+    iou:float=.5,       # A hit overlaps its lesion by more than this
+    loose:float=.1      # A poorly localised box overlaps one by more than this
 )->pd.DataFrame:        # 'as it is', then each kind that occurs: `boxes`, `lesions`, `AP50` and `RSNA` if it were repaired, and the gains
     "What repairing each kind of error would be worth in AP50 and in the RSNA score of the boxes that are shown"
     p,t = classify_errors(ann, preds, threshold, iou, loose)
@@ -222,7 +228,7 @@ def error_costs(
 
 def plot_costs(
     costs:pd.DataFrame, # From `error_costs`
-    ax=None             # Axes to draw on
+    ax=None             # Axes to draw on, a new figure if None
 ):                      # The axes
     "Bars of what repairing each kind would gain"
     ax = ax or plt.subplots(figsize=(6,.5+.36*len(costs)), layout='constrained')[1]
@@ -233,7 +239,7 @@ def plot_costs(
     ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/11j_errors.ipynb #9de54e6c
+# %% ../nbs/11j_errors.ipynb #1052fd4f
 CASE_KINDS = ['best','worst','most confident mistakes',*BOX_KINDS,'false positive','below the threshold','missed']
 _CASE = ['image_id','of',*XYXY,'score','title','reason']
 
@@ -257,7 +263,8 @@ def error_cases(
     threshold:float,    # As in `classify_errors`
     kind:str='most confident mistakes', # One of `CASE_KINDS`
     k:int=6,            # At most so many
-    iou:float=.5, loose:float=.1
+    iou:float=.5,       # A hit overlaps its lesion by more than this
+    loose:float=.1      # A poorly localised box overlaps one by more than this
 )->pd.DataFrame:        # A row per case: `image_id`, what it is about (`of`: 'box' or 'lesion', corners, `score`), a `title` and a `reason`
     "The cases of `kind`, one per image, the most telling first"
     if kind not in CASE_KINDS: raise ValueError(f"no cases of kind {kind!r}; there are {CASE_KINDS}")
@@ -273,7 +280,7 @@ def error_cases(
     if len(ann.classes)>1 and kind not in ('best','worst'): df = df.assign(title=df.label+': '+df.title)
     return df.drop_duplicates('image_id').head(k)[_CASE].reset_index(drop=True)
 
-# %% ../nbs/11j_errors.ipynb #a3a8dacf
+# %% ../nbs/11j_errors.ipynb #108517a6
 def _tags(boxes, h, w, chars=4): # Left and top of each tag, px
     "Where to write the scores of `boxes` (n,4), of so many `chars`, on a picture of `h` by `w` px: at a corner, and on no other score if possible"
     th,tw,taken = .06*h,.0275*chars*w,[]
@@ -301,23 +308,25 @@ def draw_case(
     several = len(ann.classes)>1
     show_boxes(im, place(t), labels=t.label.tolist() if several else None, ax=ax, color=TRUTH, title=case.title); show_boxes(None, place(p), ax=ax, color=PRED)
     tags = [f'{l} {_num(s)}' if several else _num(s) for l,s in zip(p.label,p.score)]
-    for (x,y),tag in zip(_tags(place(p), *im.shape[:2], max(4, max(map(len,tags), default=0))), tags):
+    h,w = im.shape[:2]
+    for (x,y),tag in zip(_tags(place(p), h, w, max(4, max(map(len,tags), default=0))), tags):
         ax.text(x, y, tag, fontsize=7, va='top', bbox=dict(fc=PRED, ec='k', lw=.5, pad=1), clip_on=True)
     x1,y1,x2,y2 = place(pd.DataFrame([case]))[0]
     ax.add_patch(plt.Rectangle((x1,y1), x2-x1, y2-y1, fc=PRED if case.of=='box' else TRUTH, alpha=.25))
     if not there: ax.text(.5, .02, 'no picture', transform=ax.transAxes, ha='center', va='bottom', color='w', fontsize=8)
     said = case.reason.replace(' %','\xa0%').replace('verlap ','verlap\xa0').replace('area ','area\xa0') # a number stays with its unit
-    if chars: ax.text(0, -.02, textwrap.fill(said, int(chars*min(1,im.shape[1]/im.shape[0]))), transform=ax.transAxes, va='top', fontsize=8)
+    if chars: ax.text(0, -.02, textwrap.fill(said, int(chars*min(1,w/h))), transform=ax.transAxes, va='top', fontsize=8)
     return there
 
-# %% ../nbs/11j_errors.ipynb #19fad45e
+# %% ../nbs/11j_errors.ipynb #5e63d6e0
 def show_errors(
     ann:Annotations,    # The truth
     preds:pd.DataFrame, # Predictions, with `pred_cols`
     threshold:float,    # As in `classify_errors`
     kind:str='most confident mistakes', # One of `CASE_KINDS`
     k:int=6,            # At most so many pictures, up to 6
-    iou:float=.5, loose:float=.1
+    iou:float=.5,       # A hit overlaps its lesion by more than this
+    loose:float=.1      # A poorly localised box overlaps one by more than this
 ):                      # The figure
     "Draw the cases of `kind` with the reason under each"
     cases = error_cases(ann, preds, threshold, kind, min(k,6), iou, loose)

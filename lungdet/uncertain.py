@@ -32,8 +32,11 @@ def patient_weights(
         drawn = rng.integers(size, size=(r,size))+size*np.arange(r)[:,None]    # a resample has places of its own
         yield np.bincount(drawn.ravel(), minlength=r*size).reshape(r,size)[:,unit].astype(float)
 
-# %% ../nbs/11i_uncertain.ipynb #8addf3e7
-def ratio(a, b)->np.ndarray: # NaN where `b` is 0
+# %% ../nbs/11i_uncertain.ipynb #80d2e9d9
+def ratio(
+    a, # What is counted, an array of any shape
+    b  # Of how much, of a shape that goes with it
+)->np.ndarray: # NaN where `b` is 0
     "`a` over `b`, undefined where nothing is counted"
     return np.divide(a, b, out=np.full(np.broadcast_shapes(np.shape(a),np.shape(b)), np.nan), where=np.asarray(b)>0)
 
@@ -112,8 +115,10 @@ def box_sums(
     tp,fp = (np.bincount(img[kept&(outcome==o)], minlength=len(lesions)) for o in (1,0))
     return {'precision':(tp,tp+fp), 'recall':(tp,lesions), 'F1':(2*tp,tp+fp+lesions)}
 
-# %% ../nbs/11i_uncertain.ipynb #3dcebcf1
-def last_of_equals(score:np.ndarray)->np.ndarray: # Booleans, (P,)
+# %% ../nbs/11i_uncertain.ipynb #a4571568
+def last_of_equals(
+    score:np.ndarray # Sorted, (P,)
+)->np.ndarray:       # Booleans, (P,)
     "Whether the next of the sorted `score` differs"
     return np.append(score[1:]!=score[:-1], True)[:len(score)]
 
@@ -311,8 +316,12 @@ def group_note(
     short = [f'{v} {k}' for k,v in n.items() if v<LEAST[k]]
     return dict(images=len(images), patients=n['patients'], positives=int(pos.sum()), note='too few: '+', '.join(short) if short else '')
 
-# %% ../nbs/11i_uncertain.ipynb #0e600ebd
-def image_groups(ann:Annotations, by:str, ages)->pd.Series: # One name for each image, ordered, 'unknown' last
+# %% ../nbs/11i_uncertain.ipynb #0a64346d
+def image_groups(
+    ann:Annotations, # With `by` among the columns of its images
+    by:str,          # A column, such as 'age', 'sex' or 'view'
+    ages             # Edges of the age bands, years; for 'age' only
+)->pd.Series:        # One name for each image, ordered, 'unknown' last
     "The images of `ann` in groups `by` a column; age, in years, in bands between `ages`"
     if by=='age': return bands(ann.images.age.where(ann.images.age.between(0,120)), ages)
     if by not in ann.images: raise ValueError(f"images have no {by!r} to be grouped by, they have {list(ann.images.columns)} and 'size'")
