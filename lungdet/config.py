@@ -43,12 +43,12 @@ def _nearest(k, known):
     near = difflib.get_close_matches(k, known, 1, .5)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
 
-# %% ../nbs/17_config.ipynb #36e230da
+# %% ../nbs/17_config.ipynb #734a8ff6
 class Schema:
     "Sections of settings, each the keyword arguments of a function"
     def __init__(self,
-        **sections:dict # Keys by section, each as `keys_of` gives them
-    ): self.sections = sections
+        **kw # For each section its keys, as `keys_of` gives them
+    ): self.sections = kw
 
     def resolve(self,
         settings:dict, # Sections of keys and values
