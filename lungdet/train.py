@@ -46,7 +46,7 @@ from .classes import tune_classes
 from .detector import Detector
 from .config import Schema, keys_of, read_config, to_toml, write_config
 
-# %% ../nbs/17a_train.ipynb #53994fd1
+# %% ../nbs/17a_train.ipynb #dcd732e4
 label_formats = dict(rsna=read_rsna, nih=read_nih, vindr=read_vindr, coco=read_coco, voc=read_voc, inbreast=read_inbreast, keras=read_keras_csv, yolo=read_yolo, saved=Annotations.load)
 
 def read_images(
@@ -61,9 +61,9 @@ def read_images(
     "Images and boxes; DICOMs are converted first"
     if format not in label_formats: raise ValueError(f"format {format!r} is not one of {list(label_formats)}")
     if path is None and format!='rsna': raise ValueError(f"format={format!r} needs a path")
-    path = data_path(images or 320) if path is None else path
-    ann = label_formats[format](path, **(reader or {}))
-    return _as_pngs(ann.sample(images, seed) if images else ann, hashlib.sha1(str(Path(path).resolve()).encode()).hexdigest()[:8], png_size, fit)
+    source:str|Path = data_path(images or 320) if path is None else path
+    ann = label_formats[format](source, **(reader or {}))
+    return _as_pngs(ann.sample(images, seed) if images else ann, hashlib.sha1(str(Path(source).resolve()).encode()).hexdigest()[:8], png_size, fit)
 
 def _as_pngs(ann, name, png_size, fit):
     "`ann` with PNGs, if it has DICOMs"
@@ -369,7 +369,7 @@ def _check(cfg):
 
 def _keys(): return '\n'.join(f'[{s}]\n'+'\n'.join(f"{k} = {to_toml(o['default'])}  # {o['doc']}" for k,o in keys.items())+'\n' for s,keys in schema.sections.items())
 
-# %% ../nbs/17a_train.ipynb #82476259
+# %% ../nbs/17a_train.ipynb #5b300c4b
 def evaluate_run(
     run:str|Path, # Folder of a finished run
     ann:Annotations|None=None, # Images to judge it on; those that it held back if None
@@ -380,19 +380,20 @@ def evaluate_run(
     run = Path(run)
     if not (run/'scores.json').exists(): raise ValueError(f"{run} holds no finished run; did it stop? The command that began it goes on with it")
     own,scores = Annotations.load(run/'annotations'),json.loads((run/'scores.json').read_text())
-    same = ann is None
-    if same: ann,preds = own.part('valid'),pd.read_csv(run/'predictions.csv', dtype={'image_id':'string','label':'string'})
+    same,who = ann is None,[characteristics(own)]
+    if ann is None: judged,preds = own.part('valid'),pd.read_csv(run/'predictions.csv', dtype={'image_id':'string','label':'string'})
     else:
+        judged = ann
         ids = [set(patients(o.images).dropna())|set(o.images.image_id) for o in (own.part('train'),ann)]
         met = ids[0]&ids[1]
         if met: print(f"{len(met)} images or patients were trained on, such as {sorted(met)[0]}: this is no test")
         preds = detect(detector_learner(run/'detector.safetensors', Annotations(ann.images.assign(split='valid'), ann.boxes, ann.classes)), ann)
+        who.append(characteristics(Annotations(ann.images.assign(split='judged'), ann.boxes, ann.classes)))
     left = (run/'point.json').exists() and (not same or len(own.classes)>1)
     point = OperatingPoint.load(run/'point.json') if left else None if same else scores['threshold'] # without lesion or box there was nothing to choose it by
-    who = [characteristics(own)]+([] if same else [characteristics(Annotations(ann.images.assign(split='judged'), ann.boxes, ann.classes))])
     evidence = dict(who=pd.concat(who, axis=1), settings=read_config(run/'config.toml', schema), provenance=json.loads((run/'provenance.json').read_text()))
     evidence |= dict(judged='validation') if same else dict(warning=f'{len(met)} images or patients of these were trained on, so this is no test') if met else {}
-    report = Report(ann, preds, run.name, point, evidence, force=same or force) # those held back have chosen their threshold, and the page says so
+    report = Report(judged, preds, run.name, point, evidence, force=same or force) # those held back have chosen their threshold, and the page says so
     report.save(Path(out or (run if same else run/'judged'))/'report.html')
     return report
 

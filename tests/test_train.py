@@ -1,5 +1,5 @@
 "One experiment, one file: runs, their folders, what is refused"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys
 import pandas as pd, pytest
 from pathlib import Path
 from safetensors.torch import load_file
