@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['keys_of', 'fits', 'Schema', 'read_config', 'to_toml', 'write_config']
 
-# %% ../nbs/17_config.ipynb #70fce68e
-import difflib, inspect, json, tomllib, types, typing
+# %% ../nbs/17_config.ipynb #d0958ac4
+import difflib, inspect, json, sys, types, typing
 from pathlib import Path
 from fastcore.docments import docments
 from .core import atomic_path
+
+# %% ../nbs/17_config.ipynb #f792355c
+if sys.version_info<(3,11): import tomli as tomllib
+else: import tomllib
 
 # %% ../nbs/17_config.ipynb #756451ca
 def keys_of(

@@ -1,4 +1,4 @@
-"Are the notebooks clean, and are the modules and the README what they say? Exits with 1 and the list of files if not."
+"Are the notebooks clean, are the modules and the README what they say, and do types and names fit? Exits with 1 and what is wrong if not."
 import subprocess, sys
 from pathlib import Path
 
@@ -21,3 +21,6 @@ if state()!=before:
     status = subprocess.run(['git','status','--porcelain'], cwd=ROOT, capture_output=True, text=True).stdout
     sys.exit(f'The notebooks, lungdet/ and README.md did not agree. They do now; look at the changes and commit them together:\n{status}')
 print('Notebooks are clean; modules and README are what they say.')
+run('ruff','check','-q','lungdet','tests','bench','tools')
+run('mypy')
+print('Types fit, and nothing is imported in vain.')
