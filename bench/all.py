@@ -24,7 +24,7 @@ RUNS = {'convert':('--n 100 --repeat 3', '--n 4 --size 256 --repeat 1', None),
         'monitor':('--epochs 2 --pictures', '--epochs 1 --pictures --images 24 --size 64 --width 16 --depth 1', 1),
         'detect':('--n 48 --repeat 3', '--n 4 --size 128 --repeat 1', None),
         'engines':('--backbones resnet18 --sizes 512 --batches 1 8 --repeat 3', '--backbones resnet18 --sizes 128 --batches 1 --repeat 1', None),
-        'retinanet':('--backbones resnet34 --sizes 256 512 --batches 1 4 --repeat 4 --brief', '--backbones resnet18 --sizes 64 --batches 1 --repeat 1 --brief', None)}
+        'retinanet':('--backbones resnet34 --sizes 256 512 --batches 1 8 --repeat 4 --brief', '--backbones resnet18 --sizes 64 --batches 1 --repeat 1 --brief', None)}
 
 def run(script, options, threads, csv):
     "Run `script`, which appends its ratios to `csv`; '' or why it failed"

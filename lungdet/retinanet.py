@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['conditions', 'group_norm', 'few_places', 'on_canvas', 'RetinaHead', 'ImageHead', 'FrozenBatchNorm2d', 'set_norm',
-           'RetinaNet', 'macs']
+           'PoolReLU', 'light_stem', 'RetinaNet', 'macs']
 
-# %% ../nbs/08_retinanet.ipynb #d890a32a
+# %% ../nbs/08_retinanet.ipynb #276af71b
 import math, torch, torchvision
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from .single import Backbone
 from .pyramid import necks
 from .localconv import LocalConv2d
@@ -117,10 +118,43 @@ def set_norm(
         else: set_norm(m, kind, eps)
     return net
 
+# %% ../nbs/08_retinanet.ipynb #a50a476c
+class _Pool(torch.autograd.Function):
+    "Max pooling, then ReLU, that keeps where the largest stood and what came out, and nothing of what went in"
+    @staticmethod
+    def forward(ctx, x): # (N,C,h,w)
+        y,at = F.max_pool2d(x, 3, 2, 1, return_indices=True)                              # (N,C,h/2,w/2)
+        ctx.save_for_backward(y.relu_(), at.to(torch.int16 if x.shape[2]*x.shape[3]<=2**15 else torch.int32))
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y,at = ctx.saved_tensors
+        x = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last) # asked for its shape alone
+        return torch.ops.aten.max_pool2d_with_indices_backward(g*(y>0), x, [3,3], [2,2], [1,1], [1,1], False, at.long())
+
+# %% ../nbs/08_retinanet.ipynb #b0ed8e36
+class PoolReLU(nn.Module):
+    "`MaxPool2d(3, 2, 1)` of the ReLU of a map (N,C,h,w), (N,C,h/2,w/2), in less memory"
+    def forward(self, x):
+        plain = not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return F.max_pool2d(x, 3, 2, 1).relu() if plain else _Pool.apply(x)
+
+def light_stem(
+    net:nn.Module # A ResNet of torchvision, or any network; changed in place
+)->bool:          # Was there a stem to change?
+    "Let `PoolReLU` do what the ReLU and the pooling of a ResNet's first stage do"
+    relu,pool = (getattr(net, o, None) for o in ('relu','maxpool'))
+    same = isinstance(relu, nn.ReLU) and isinstance(pool, nn.MaxPool2d) and (pool.kernel_size,pool.stride,pool.padding,pool.dilation,pool.ceil_mode)==(3,2,1,1,False)
+    if same: net.relu,net.maxpool = nn.Identity(),PoolReLU()
+    return same
+
 # %% ../nbs/08_retinanet.ipynb #0646176c
 conditions = {} # by name: modules of `fields`, width and levels, with `picture(x,meta)` and `on_levels(levels,meta,shape)`; chapter 12 fills it
 
-# %% ../nbs/08_retinanet.ipynb #0234d4a5
+# %% ../nbs/08_retinanet.ipynb #3f596fc2
 class RetinaNet(nn.Module):
     "Pictures (N,C,h,w), and maybe metadata (N,m), to class scores before the sigmoid (N,A,K), corrections (N,A,4), and maybe scores of the image (N,n_categories)"
     def __init__(self,
@@ -144,6 +178,7 @@ class RetinaNet(nn.Module):
         if neck not in necks: raise ValueError(f"neck={neck!r} is not known; take one of {list(necks)}")
         self.backbone,self.fpn = backbone,necks[neck](backbone.channels, width, levels, **(neck_args or {}))
         set_norm(self.backbone, norm, norm_eps)
+        light_stem(self.backbone.net)
         self.cls_head = RetinaHead(width, n_anchors, n_classes, depth, head_norm, prior)
         self.box_head = RetinaHead(width, n_anchors, 4, depth, head_norm, local=True)
         self.image_head = ImageHead(backbone.channels[-1], n_categories) if n_categories else None

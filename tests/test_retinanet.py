@@ -210,3 +210,15 @@ def test_image_head_reads_c5_only():
     before = net(x)[2]
     for p in (*net.fpn.parameters(),*net.cls_head.parameters()): p.data.zero_()
     assert torch.equal(net(x)[2], before)
+
+@pytest.mark.parametrize('shape', [(2,8,33,40),(1,4,256,256)]) # odd sides; places that need more than 15 bits
+@pytest.mark.parametrize('layout', [torch.contiguous_format,torch.channels_last])
+def test_light_stem_is_the_same(shape, layout):
+    "`PoolReLU` beside ReLU and max pooling, bit for bit: what comes out, and the gradient, with ties and a NaN"
+    x = torch.randn(shape).round(decimals=1).contiguous(memory_format=layout).requires_grad_()
+    w = torch.randn(shape[0], shape[1], (shape[2]+1)//2, (shape[3]+1)//2)
+    res = [(y := f(x), torch.autograd.grad((y*w).sum(), x)[0]) for f in (nn.Sequential(nn.ReLU(), nn.MaxPool2d(3,2,1)), PoolReLU())]
+    for a,b in zip(*res): assert torch.equal(a, b)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(PoolReLU()(x), res[0][0])
+    bad = x.detach().clone(); bad[0,0,5,5] = float('nan')
+    assert torch.equal(PoolReLU()(bad.requires_grad_()).isnan(), nn.MaxPool2d(3,2,1)(bad.relu()).isnan())
