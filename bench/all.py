@@ -4,7 +4,7 @@
     .venv/bin/python bench/all.py --only metrics fusion
     .venv/bin/python bench/all.py --quick
 
-Takes about a quarter of an hour on two cores, and the table goes to bench/results/speed.csv, from which the README has it. Nothing else should run meanwhile.
+Takes about ten minutes on two cores, and the table goes to bench/results/speed.csv, from which the README has it. Nothing else should run meanwhile.
 --quick goes through all scripts with the smallest settings, to see that they run: its ratios mean nothing and are kept nowhere.
 A script that fails does not stop the others; its row says `failed` and the exit code is 1. A ratio below its target is `short`, and that is no error.
 bench/quality.py (which trains) and bench/burned_in.py (which counts) are no races and not part of it."""

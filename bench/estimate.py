@@ -84,4 +84,4 @@ rows = {f'{device.type}, measured':(seconds, hours(seconds))}
 for t in args.tflops: rows[f'GPU of {t:g} TFLOPS, estimated'] = ((s := flops/(args.share*t*1e12)), hours(max(s, 1/(loader*args.cores))))
 print(f'\nEstimate of the whole run, which nobody has run yet; GPUs at {100*args.share:.0f} % of their promise, loaders on {args.cores} cores')
 print(pd.DataFrame([{'on':k,'ms per picture':f'{1e3*s:.1f}','training, hours':h,'memory, GiB':f'{(fixed+bs*activations)/gib:.1f}'} for k,(s,h) in rows.items()]).to_string(index=False))
-print(f'  and once, before: {args.images:,} DICOMs to PNG in {args.images/converter/args.cores/60:.0f} minutes on {args.cores} cores')
+print(f'  and once, before: {args.images:,} DICOMs to PNG in {args.images/converter/args.cores/60:.1f} minutes on {args.cores} cores')

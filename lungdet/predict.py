@@ -283,7 +283,7 @@ def write_coco_scores(
     with atomic_path(path) as p: p.write_text(json.dumps(d))
     return Path(path)
 
-# %% ../nbs/16d_predict.ipynb #f5ae5c4f
+# %% ../nbs/16d_predict.ipynb #84af6893
 def write_reports(
     f:Findings,  # From `predict`
     items:dict,  # From `items_of`
@@ -293,8 +293,10 @@ def write_reports(
 ):
     "A DICOM structured report (chapter 16c) for each DICOM of `f`, in `out`/sr, unless it is there"
     from lungdet.dicom_out import Algorithm, write_sr
-    when = datetime.fromisoformat(json.loads((Path(out)/'settings.json').read_text())['started']) # the same after an interruption
-    who,by = Algorithm(version=det.digest, classes=tuple(det.classes), threshold=det.point and det.point.threshold),dict(list(f.boxes.groupby('image_id')))
+    settings = json.loads((Path(out)/'settings.json').read_text())
+    when,thr = datetime.fromisoformat(settings['started']),settings['score_thr'] # the same after an interruption
+    if thr is None: thr = det.point.threshold if det.point else .05
+    who,by = Algorithm(version=det.digest, classes=tuple(det.classes), threshold=thr),dict(list(f.boxes.groupby('image_id')))
     for i in f.images.image_id:
         ds,k = read_item(items[i], i, frame)
         if isinstance(ds, np.ndarray) or (p := Path(out)/'sr'/f'{i}.dcm').exists(): continue

@@ -129,18 +129,18 @@ def read_results(
     wide = df.pivot(index=by, columns='figure', values='text')[df.figure.unique()].fillna('')
     return wide.join(df.groupby(by)[['seeds','images','boxes','split','hardware']].first()).sort_index()
 
-# %% ../nbs/17b_study.ipynb #6af85f1f
+# %% ../nbs/17b_study.ipynb #5c913e9c
 def headlines(
     folder:str|Path,    # Files of `keep_results`
-    figure:str='AP50'   # By which the best of ours is chosen
+    figure:str='AP50'   # By which the best is chosen
 )->pd.DataFrame:        # Rows of `read_results`
-    "For each data set the models of others, our default (or the first variant, where it is not among them) and the best of ours"
+    "For each data set the best of each kind of model, such as 'torchvision', and our default (or the first variant, where it is not among them) beside the best of ours"
     df,keep = _result_rows(folder),[]
     for data,o in df.groupby('data'):
-        ours = o[o.model.str.startswith('lungdet')]
-        names = list(ours.model.unique())
-        ranked = list(ours[ours.figure==figure].sort_values('value').model[-1:])
-        keep += [(data,m) for m in dict.fromkeys([*o.model[~o.model.isin(names)], *(['lungdet'] if 'lungdet' in names else names[:1]), *ranked])]
+        kind = o.model.str.split(',').str[0]                                       # of 'lungdet, deeper' it is 'lungdet'
+        best = o[o.figure==figure].sort_values('value').groupby(kind, sort=False).model.last()
+        default = [o.model[kind=='lungdet'].sort_values(key=lambda m: m!='lungdet', kind='stable').iloc[0]] if 'lungdet' in best else []
+        keep += [(data,m) for m in dict.fromkeys([*best.drop('lungdet', errors='ignore'), *default, *best.reindex(['lungdet']).dropna()])]
     return read_results(folder).loc[keep]
 
 # %% ../nbs/17b_study.ipynb #687e3739

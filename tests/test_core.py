@@ -115,8 +115,10 @@ def test_two_at_once(tmp_path):
     with ThreadPoolExecutor(3) as ex: out = list(ex.map(lambda _: make_studies(tmp_path/'x', 3, size=64), range(3)))
     assert out==[tmp_path/'x']*3 and len(list((tmp_path/'x'/IMAGES).iterdir()))==3 and not list(tmp_path.glob('.x-*'))
 
+@pytest.mark.skipif(core._repo() is None, reason='lungdet is installed, and no checkout')
+def test_data_path_in_a_checkout(): assert data_path().resolve()==SAMPLE.resolve() and data_path(10).resolve()==SAMPLE.resolve()
+
 def test_data_path(made, monkeypatch, tmp_path):
-    assert data_path().resolve()==SAMPLE.resolve() and data_path(10).resolve()==SAMPLE.resolve()
     monkeypatch.setattr(core, '_repo', lambda: None)
     assert data_path().is_relative_to(tmp_path) and len(list((data_path()/IMAGES).iterdir()))==24 # installed without a checkout
     monkeypatch.setenv('LUNGDET_DATA', str(made)); assert data_path(1000)==made

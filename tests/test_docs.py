@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
+    pytest.importorskip('nbdev')
     out = tmp_path_factory.mktemp('docs')/'site'
     res = subprocess.run([sys.executable, ROOT/'tools'/'docs.py', '--out', out, '--strict'], cwd=ROOT, capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr

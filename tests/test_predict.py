@@ -195,7 +195,9 @@ def test_reports(model, scans, tmp_path):
     assert main([str(model), str(scans), '--out', str(tmp_path/'o'), '--format', 'sr'])==1
     assert sorted(p.name for p in (tmp_path/'o'/'sr').iterdir())==[f's{i}.dcm' for i in range(7)] # a PNG has no report
     b = pd.read_csv(tmp_path/'o'/'predictions.csv')
-    assert read_sr(tmp_path/'o'/'sr'/'s0.dcm') is not None and len(b)
+    assert read_sr(tmp_path/'o'/'sr'/'s0.dcm').algorithm.threshold==Detector.load(model).point.threshold and len(b)
+    assert main([str(model), str(scans), '--out', str(tmp_path/'low'), '--format', 'sr', '--threshold', '.125'])==1
+    assert read_sr(tmp_path/'low'/'sr'/'s0.dcm').algorithm.threshold==.125 # what was asked for, not the model's own
 
 def test_each_picture_is_decoded_once(model, scans, tmp_path, monkeypatch):
     import lungdet.predict as p

@@ -11,8 +11,9 @@ def undocumented(name, f):
     "What `f` does not say"
     if not inspect.getdoc(f) and not name.endswith('__init__'): yield f'{name} has no docstring'
     if inspect.isclass(f) and not dataclasses.is_dataclass(f): return
+    rest = {k for k,p in inspect.signature(f).parameters.items() if p.kind in (p.VAR_POSITIONAL,p.VAR_KEYWORD)} # fastcore reads no docment of these
     for k,v in docments(f, full=False).items():
-        if v is None and k not in ('self','cls','return','args','kwargs','kw'): yield f'{name} has no docment of `{k}`'
+        if v is None and k not in {'self','cls','return'}|rest: yield f'{name} has no docment of `{k}`'
 
 def public(mod):
     "(name, function or class) of all that `mod` exports, with the methods that it gives to its own and to other classes"

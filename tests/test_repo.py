@@ -67,10 +67,24 @@ def test_every_chapter_keeps_outputs_and_teaches():
         assert words>=lines*.8, nb.name
         assert '**Exercise.**' in ''.join(source(c) for c in cells(nb)) and 'What you have now' in ''.join(source(c) for c in cells(nb)), nb.name
 
+def test_every_chapter_closes_with_what_you_have_an_exercise_and_where_to_read_on():
+    for nb in CHAPTERS:
+        text = [source(c) for c in cells(nb) if c['cell_type']=='markdown']
+        whole = '\n'.join(text)
+        assert whole.count('## What you have now')==whole.count('**Exercise.**')==1 and '<details>' in whole, nb.name
+        assert text[-1].startswith('**Further reading.**') and 2<=len(re.findall(r'^- ', text[-1], re.M))<=6 and 'http' in text[-1], nb.name
+
+def test_exported_cells_are_short():
+    for nb in CHAPTERS:
+        for c in cells(nb):
+            n = sum(1 for l in source(c).splitlines() if l.strip() and not l.startswith('#|'))
+            if c['cell_type']=='code' and re.search(r'^#\|\s*exporti?\b', source(c), re.M): assert n<=48, f'{nb.name}: {n} lines in one cell: {source(c)[:80]}'
+
 def test_sample_is_small():
     assert sum(o.stat().st_size for o in (ROOT/'data'/'sample').rglob('*') if o.is_file())<2e6
 
 def test_readme_is_index():
+    pytest.importorskip('nbdev')
     import sys; sys.path.insert(0, str(ROOT/'tools'))
     from readme import readme
     assert (ROOT/'README.md').read_text()==readme()

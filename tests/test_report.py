@@ -113,6 +113,7 @@ def test_bad_input(case):
     with pytest.raises(ValueError, match='no image of this id'): Report(ann, preds, against={'o':preds.assign(image_id='z')})
 
 def test_shows_itself_in_a_notebook(report):
+    pytest.importorskip('IPython')
     assert parsed(report._repr_html_()).text.count(EVIL)==1 and report.show(300).data.count('srcdoc')==1
 
 @pytest.mark.parametrize('width', [1200,400])
