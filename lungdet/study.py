@@ -129,7 +129,7 @@ def read_results(
     wide = df.pivot(index=by, columns='figure', values='text')[df.figure.unique()].fillna('')
     return wide.join(df.groupby(by)[['seeds','images','boxes','split','hardware']].first()).sort_index()
 
-# %% ../nbs/17b_study.ipynb #5c913e9c
+# %% ../nbs/17b_study.ipynb #a2da4219
 def headlines(
     folder:str|Path,    # Files of `keep_results`
     figure:str='AP50'   # By which the best is chosen
@@ -137,10 +137,10 @@ def headlines(
     "For each data set the best of each kind of model, such as 'torchvision', and our default (or the first variant, where it is not among them) beside the best of ours"
     df,keep = _result_rows(folder),[]
     for data,o in df.groupby('data'):
-        kind = o.model.str.split(',').str[0]                                       # of 'lungdet, deeper' it is 'lungdet'
-        best = o[o.figure==figure].sort_values('value').groupby(kind, sort=False).model.last()
-        default = [o.model[kind=='lungdet'].sort_values(key=lambda m: m!='lungdet', kind='stable').iloc[0]] if 'lungdet' in best else []
-        keep += [(data,m) for m in dict.fromkeys([*best.drop('lungdet', errors='ignore'), *default, *best.reindex(['lungdet']).dropna()])]
+        value = o[o.figure==figure].set_index('model').value.reindex(o.model.unique()).sort_values(na_position='first')
+        best = {m.split(',')[0]:m for m in value.index}                            # the last of each kind; that of 'lungdet, deeper' is 'lungdet'
+        ours = sorted((m for m in o.model.unique() if m.startswith('lungdet')), key=lambda m: m!='lungdet')[:1]
+        keep += [(data,m) for m in dict.fromkeys([*(m for k,m in best.items() if k!='lungdet'), *ours, *(best[k] for k in best if k=='lungdet')])]
     return read_results(folder).loc[keep]
 
 # %% ../nbs/17b_study.ipynb #687e3739
