@@ -6,8 +6,8 @@
 __all__ = ['patients', 'two_sides', 'audit_split', 'strata', 'deal', 'kfold_patients', 'split_patients', 'save_split',
            'load_split']
 
-# %% ../nbs/04b_splits.ipynb #e4cc08b7
-import hashlib, json, pandas as pd, warnings
+# %% ../nbs/04b_splits.ipynb #51d0da3c
+import hashlib, json, numpy as np, pandas as pd, warnings
 from pathlib import Path
 from sklearn.model_selection import StratifiedGroupKFold
 from .core import atomic_path
@@ -55,7 +55,7 @@ def strata(
     for coarser in (label, 'rest'): res = res.where(res.map(res.value_counts())>=least, coarser)
     return res
 
-# %% ../nbs/04b_splits.ipynb #4ba950b7
+# %% ../nbs/04b_splits.ipynb #96e5f6da
 def deal(
     ann:Annotations, # Images with a `patient_id`
     k:int,           # How many hands
@@ -67,10 +67,11 @@ def deal(
     n = ims.who.nunique()
     if n<2: raise ValueError("all images are of one patient, who cannot be on both sides")
     if not 2<=k<=n: raise ValueError(f"{n} patients cannot be dealt to {k} parts")
+    turn = np.argsort(np.random.RandomState(seed).permutation(n))[np.unique(ims.who.to_numpy(str), return_inverse=True)[1]] # whose turn it is
     hand = pd.Series(0, index=ims.index)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # a stratum that does not go round
-        folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed).split(ims, ims.stratum, ims.who)
+        folds = StratifiedGroupKFold(k).split(ims, ims.stratum, turn) # its own shuffling loses the strata before scikit-learn 1.8
         for i,(_,held) in enumerate(folds): hand.iloc[held] = i
     return hand.sort_index()
 
