@@ -108,7 +108,7 @@ def make_docs(out, strict=False):
             write(made/f'{key}.md', text)
             for k,o in pictures.items(): write((made/key).parent/k, o)
         for m in site.modules: write(made/'api'/f'{m}.md', site.api(m))
-        for f in (NBS/'images').glob('*.png'): write(made/'images'/f.name, f.read_bytes())
+        for f in (NBS/'images').iterdir(): write(made/'images'/f.name, f.read_bytes())
         write(made/'results.md', importlib.import_module('results').page())
         write(made/'site.css', CSS)
         build(load_config(str(ROOT/'mkdocs.yml'), docs_dir=str(made), site_dir=str(Path(out).resolve()), nav=nav(site), strict=strict))
