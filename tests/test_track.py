@@ -1,5 +1,5 @@
 "Numbers that leave the run: read back from each tool's own files"
-import pytest
+import pytest, time
 from lungdet.data import detection_dls
 from lungdet.learner import retinanet_learner
 from lungdet.monitor import DetectionScores, history
@@ -40,8 +40,11 @@ def test_wandb_stays_offline(tmp_path, monkeypatch):
     monkeypatch.delenv('WANDB_MODE', raising=False)
     monkeypatch.setenv('WANDB_SILENT', 'true')
     folder,h,n = run(tmp_path, 'wandb')
-    files = list(folder.glob('wandb/offline-run-*/*.wandb'))
-    assert len(files)==1 and b'valid_loss' in files[0].read_bytes()
+    def files(): return list(folder.glob('wandb/offline-run-*/*.wandb'))
+    for _ in range(100): # a process of its own writes them
+        if any(b'valid_loss' in o.read_bytes() for o in files()): break
+        time.sleep(.2)
+    assert len(files())==1 and b'valid_loss' in files()[0].read_bytes()
 
 def test_no_such_tracker_and_no_package(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='is not one of'): Track('excel', tmp_path)
