@@ -42,7 +42,7 @@ pytest: $(READY) ## Run the tests in tests/
 check: $(READY) ## Are modules and README what the notebooks say?
 	$(BIN)/python tools/check.py
 
-bench: $(READY) ## Race all that has a rival, about 15 minutes on 2 cores; one table, kept in bench/results/speed.csv
+bench: $(READY) ## Race all that has a rival, about 10 minutes on 2 cores; one table, kept in bench/results/speed.csv
 	$(BIN)/python -W ignore bench/all.py
 
 lab: $(READY) ## Open the notebooks in JupyterLab

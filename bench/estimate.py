@@ -38,7 +38,6 @@ def best(f, n=args.repeat):
         ts.append(time.perf_counter()-t)
     return min(ts[1:])
 
-start = time.perf_counter()
 ann = load_images(**cfg['data'])
 learn = build_learner(ann, cfg)
 learn.dls.to(device); model = learn.model.to(device).train()

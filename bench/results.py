@@ -12,8 +12,8 @@ QUALITY,SPEED = ROOT/'nbs'/'exp'/'results',ROOT/'bench'/'results'
 def missing(quality, speed):
     "What the two tables do not have, each with the command that would measure it"
     machines = [o for o in speed.machine if o]
-    todo = [(not any('26,684' in d or '26684' in d for d,_ in quality.index), 'The whole challenge, 26,684 images, on a GPU', 'lungdet-train rsna_r34_512 path=rsna', 'make course LUNGDET_DATA=rsna'),
-            (not any(m.startswith('single box') for _,m in quality.index), 'One box per image (chapter 06) beside the detectors', 'LUNGDET_FULL=1 LUNGDET_DATA=rsna exec_nb nbs/exp/single.ipynb'),
+    todo = [(not any('26,684' in d or '26684' in d for d,_ in quality.index), 'The whole challenge, 26,684 images, on a GPU', 'lungdet-train rsna_r34_512 path=data/rsna', 'make course LUNGDET_DATA=data/rsna'),
+            (not any(m.startswith('single box') for _,m in quality.index), 'One box per image (chapter 06) beside the detectors', 'LUNGDET_FULL=1 LUNGDET_DATA=data/rsna exec_nb nbs/exp/single.ipynb'),
             (not any('cores' in o for o in machines), 'Speed on a CPU', 'make bench'),
             (not any('cores' not in o for o in machines), 'Speed on a GPU', 'bench/retinanet.py --device cuda --csv bench/results/gpu.csv')]
     return [(what,how) for wanted,what,*how in todo if wanted]
