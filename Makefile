@@ -37,7 +37,7 @@ notebooks: $(READY) ## Run every notebook as a test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 
 pytest: $(READY) ## Run the tests in tests/
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 check: $(READY) ## Are modules and README what the notebooks say?
 	$(BIN)/python tools/check.py
@@ -62,7 +62,7 @@ wheel: ## Build the package, install it into an empty environment with the newes
 	_dist/venv/bin/pip install -q --disable-pip-version-check build
 	_dist/venv/bin/python -m build --wheel -o _dist . >_dist/build.log
 	_dist/venv/bin/pip install -q --disable-pip-version-check "$$(echo _dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis pycocotools torchxrayvision playwright 'dask[distributed]'
-	LUNGDET_UNPINNED=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/_dist/venv/bin:$$PATH" _dist/venv/bin/pytest -n 2 --dist loadfile
+	LUNGDET_UNPINNED=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/_dist/venv/bin:$$PATH" _dist/venv/bin/pytest -n 2 --dist loadfile --max-worker-restart 0
 
 clean: ## Delete what was made (not .venv)
 	rm -rf _course _docs _dist build data/work

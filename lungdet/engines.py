@@ -6,7 +6,7 @@
 __all__ = ['engines', 'model_hash', 'export_onnx', 'OnnxEngine', 'quantise', 'make_engine', 'detection_diff']
 
 # %% ../nbs/16_engines.ipynb #b104e523
-import copy, hashlib, importlib, io, json, math, tempfile, threading, warnings
+import copy, functools, hashlib, importlib, io, json, math, tempfile, threading, warnings
 import numpy as np, pandas as pd, torch
 from pathlib import Path
 from torch import nn, Tensor
@@ -81,10 +81,15 @@ def _onnxruntime(raw, dtype, threads):
     opts.intra_op_num_threads,opts.log_severity_level = threads,3
     return lambda d, s=ort.InferenceSession(raw, opts, providers=['CPUExecutionProvider']): s.run(None, d)
 
+@functools.cache
+def _core(ov):
+    "The one `Core` of this process. Each has a stack of its own for signals; were several to end in another order than they began, the next signal (Ctrl-C, a worker that ends) would find its stack gone"
+    return ov.Core()
+
 def _openvino(raw, dtype, threads):
     "What runs `raw` with OpenVINO"
     ov, = _need('openvino')
-    core = ov.Core()
+    core = _core(ov)
     cfg = dict(PERFORMANCE_HINT='LATENCY', INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT='bf16' if dtype==torch.bfloat16 else 'f32')
     request,lock = core.compile_model(core.read_model(raw, b''), 'CPU', cfg).create_infer_request(),threading.Lock()
     def run(d):

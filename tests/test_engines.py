@@ -129,6 +129,22 @@ def test_openvino_in_several_threads():
     with ThreadPoolExecutor(4) as ex: got = list(ex.map(lambda o: e(o)[0], xs))
     for x,g in zip(xs, got): assert torch.allclose(g, m(x)[0], atol=1e-4)
 
+CRASH = """import faulthandler, gc, signal, sys
+from pathlib import Path
+from lungdet.engines import OnnxEngine
+faulthandler.enable() # as pytest and the workers of a DataLoader do
+raw = Path(sys.argv[1]).read_bytes()
+a = OnnxEngine(raw, 'openvino'); b = OnnxEngine(raw, 'openvino')
+del a; gc.collect(); del b; gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print('handled', flush=True))
+signal.raise_signal(signal.SIGINT)
+"""
+
+def test_a_signal_after_two_engines_of_openvino(tmp_path):
+    "Each Core of OpenVINO gives signals a stack of its own; of two that went in the wrong order, a stack was left that was gone, and Ctrl-C ended Python with a crash"
+    res = subprocess.run([sys.executable,'-c',CRASH,str(export_onnx(awake(), tmp_path/'m.onnx'))], capture_output=True, text=True)
+    assert res.returncode==0 and res.stdout=='handled\n', (res.returncode, res.stderr[-2000:])
+
 def test_differences_are_counted():
     a = torch.tensor([[[10.,10,20,20,.9,0],[10,10,20,20,.8,1],[0,0,0,0,0,PAD]]])
     b = a[:,[1,0,2]]
