@@ -336,8 +336,8 @@ def _extras(a, det, f, items):
     if a.format=='sr': write_reports(f, items, out, det, a.frame)
     if a.overlay or a.gallery:
         _csv(t := write_pictures(f, items, out, a.overlay, a.gallery, a.frame), out/'burned_in.csv')
-        if len(t): print(f"{t.image_id.nunique()} pictures seem to hold text, such as {t.image_id[0]}: look at them before you show them around ({out/'burned_in.csv'})", file=sys.stderr)
-    if ids := formulas(f): print(f"{len(ids)} ids, such as {ids[0]!r}, are formulas to a spreadsheet: import the tables as text, do not open them", file=sys.stderr)
+        if len(t): print(f"text seems to stand in the picture of {t.image_id.nunique()} of {len(f.images)} images, such as {t.image_id[0]}: look before you show them around ({out/'burned_in.csv'})", file=sys.stderr)
+    if ids := formulas(f): print(f"a spreadsheet would run {len(ids)} of the ids, such as {ids[0]!r}, as formulas: import the tables as text, do not open them", file=sys.stderr)
 
 def main(argv=None)->int: # Exit code
     "`lungdet-predict`"
