@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from lungdet.evaluate import coco_map, froc, image_level, rsna_score
 from lungdet.formats import Annotations
 from lungdet.splits import patients
-from lungdet.uncertain import FIGURES, Figures, intervals, patient_weights
+from lungdet.bootstrap import FIGURES, Figures, intervals, patient_weights
 
 def clinic(n, rng):
     "As the challenge: 22 % positive, five predictions an image, four of five lesions found"

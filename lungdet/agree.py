@@ -12,7 +12,7 @@ from .core import MUTED, PRED, TRUTH, XYXY
 from .evaluate import check_predictions, lesion_counts, match_detections, pair_iou, precision_recall, pred_cols
 from .formats import Annotations
 from .splits import patients
-from .uncertain import patient_weights, ratio, summarise
+from .bootstrap import patient_weights, ratio, summarise
 
 # %% ../nbs/14a_agree.ipynb #f709752a
 def support(

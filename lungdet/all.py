@@ -42,7 +42,8 @@ from .distributed import *
 from .track import *
 from .imagewise import *
 from .operate import *
-from .uncertain import *
+from .bootstrap import *
+from .subgroups import *
 from .errors import *
 from .card import *
 from .report import *

@@ -20,7 +20,8 @@ from .splits import patients
 from .evaluate import best_threshold, check_predictions, coco_classes, coco_map, froc, image_scores, lesion_counts, plot_froc, plot_precision_recall, precision_recall, threshold_sweep
 from .imagewise import at_prevalence, confusion, ece, image_table, plot_reliability, plot_roc, reliability
 from .operate import OperatingPoint
-from .uncertain import class_intervals, compare, intervals, plot_subgroups, subgroups
+from .bootstrap import class_intervals, compare, intervals
+from .subgroups import plot_subgroups, subgroups
 from .errors import draw_case, error_cases, error_costs, error_counts, image_kinds, plot_costs
 from .card import OPEN, characteristics, check_evidence, claim, model_card
 

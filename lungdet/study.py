@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import PRED, atomic_path
 from .formats import Annotations
 from .splits import patients
-from .uncertain import Figures, patient_weights, summarise
+from .bootstrap import Figures, patient_weights, summarise
 from .config import read_config
 from .train import config_file, hardware, provenance, schema, train
 

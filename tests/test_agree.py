@@ -5,7 +5,7 @@ from lungdet.agree import *
 from lungdet.core import XYXY
 from lungdet.evaluate import pred_cols
 from lungdet.formats import Annotations
-from lungdet.uncertain import bootstrap_ci
+from lungdet.bootstrap import bootstrap_ci
 
 def boxes(rows, classes=2):
     g = np.random.default_rng(rows[0])

@@ -13,7 +13,7 @@ from lungdet.loss import RetinaLoss
 from lungdet.anchors import Anchors
 from lungdet.operate import OperatingPoint, level_scores
 from lungdet.train import evaluate_run, main, schema, train
-from lungdet.uncertain import class_intervals, intervals
+from lungdet.bootstrap import class_intervals, intervals
 
 seeds = st.integers(0, 2**31)
 NAMES = ['a','b','c']

@@ -8,7 +8,7 @@ from lungdet.formats import Annotations
 from lungdet.readers import read_coco, read_voc
 from lungdet.data import detection_dls
 from lungdet.learner import retinanet_learner
-from lungdet.uncertain import intervals
+from lungdet.bootstrap import intervals
 from lungdet.volumes import LESION, Volume, make_volume, slices_of
 from lungdet.linking import *
 from lungdet.linking import PLACE

@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest
 from lungdet.config import read_config
 from lungdet.formats import Annotations
 from lungdet.study import *
-from lungdet.uncertain import Figures, compare
+from lungdet.bootstrap import Figures, compare
 from lungdet.train import schema
 
 def test_names():
