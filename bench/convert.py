@@ -20,7 +20,8 @@ import cv2, numpy as np, pandas as pd, pydicom, torch
 from PIL import Image
 from lungdet.convert import convert_folder, dicom_table, encode_png
 from lungdet.core import IMAGES, atomic_path, make_studies
-from lungdet.dicom import enhance, header_fields, read_dicom, resize, to_gray
+from lungdet.dicom import header_fields, read_dicom, to_gray
+from lungdet.prepare import enhance, resize
 
 cv2.setNumThreads(1); torch.set_num_threads(1) # one core each, so that workers can be compared
 size,tmp = args.size,Path(tempfile.mkdtemp())

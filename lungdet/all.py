@@ -10,6 +10,7 @@ from .core import *
 from .explore import *
 from .dicom import *
 from .jpeg import *
+from .prepare import *
 from .convert import *
 from .boxes import *
 from .formats import *

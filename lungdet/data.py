@@ -13,7 +13,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastai.vision.all import (Datasets, DataLoaders, TfmdDL, Transform, ItemTransform, TensorImage, TensorBase, Normalize, IntToFloatTensor, imagenet_stats, default_device)
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
-from .dicom import Fit, read_dicom, header_fields
+from .dicom import read_dicom, header_fields
+from .prepare import Fit
 from .convert import _is_dicom, _start
 from .formats import Annotations
 from .augment import Augment, PAD

@@ -19,7 +19,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from types import SimpleNamespace
 from fastai.vision.all import default_device, progress_bar
 from .core import XYXY
-from .dicom import FITS, MAX_BYTES, MODES, DicomError, _code_header, enhance, fit_square, header_fields, pixel_aspect, read_dicom, resize, to_gray
+from .dicom import MAX_BYTES, DicomError, _code_header, header_fields, read_dicom, to_gray
+from .prepare import FITS, MODES, enhance, fit_square, pixel_aspect, resize
 from .convert import Source, _Job, _fitted, _is_dicom, _start, sources
 from .formats import Annotations
 from .pictures import load_picture

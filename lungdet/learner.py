@@ -13,7 +13,7 @@ from pathlib import Path
 from fastai.vision.all import Learner, L, Adam, progress_bar
 from . import __version__
 from .core import show_boxes, show_grid, TRUTH, PRED, XYXY
-from .dicom import MODES
+from .prepare import MODES
 from .boxes import area, clip_boxes
 from .formats import Annotations
 from .pictures import load_picture

@@ -13,7 +13,8 @@ from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from pathlib import Path
 from .core import atomic_path
-from .dicom import read_dicom, to_gray, enhance, resize, Enhance
+from .dicom import read_dicom, to_gray
+from .prepare import enhance, resize, Enhance
 
 # %% ../nbs/04e_pictures.ipynb #738c5c46
 def load_picture(

@@ -1,4 +1,4 @@
-"DICOMs made in memory, for the tests of chapters 02 and 02b"
+"DICOMs made in memory, for the tests of chapters 02 to 02c"
 import cv2, numpy as np
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate

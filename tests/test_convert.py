@@ -1,4 +1,4 @@
-"Chapter 02b: sources, resuming after a kill, executors, full disks, privacy, and the command"
+"Chapter 02c: sources, resuming after a kill, executors, full disks, privacy, and the command"
 import concurrent.futures, errno, os, random, shutil, signal, subprocess, sys, time, warnings, zipfile
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from lungdet import convert
 from lungdet.convert import *
 from lungdet.core import data_path
 from lungdet.data import detection_dls
-from lungdet.dicom import DicomError, Enhance, enhance, read_dicom, resize, to_gray
+from lungdet.dicom import DicomError, read_dicom, to_gray
+from lungdet.prepare import Enhance, enhance, resize
 from lungdet.formats import read_rsna
 
 SAMPLE = sorted((data_path().resolve()/'stage_2_train_images').glob('*.dcm'))
