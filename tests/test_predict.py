@@ -221,12 +221,12 @@ def test_ids_that_a_spreadsheet_would_run(model, tmp_path, capsys):
     for n in ('=cmd|x!A1','+1','@x','fine'): save(stored(chest(64)), d/f'{n}.dcm')
     assert main([str(model), str(d), '--out', str(tmp_path/'o')])==0
     said = capsys.readouterr().err
-    assert '3 ids' in said and "import the tables as text" in said and "'+1'" in said
+    assert 'run 3 of the ids' in said and "import the tables as text" in said and "'+1'" in said
     assert set(pd.read_csv(tmp_path/'o'/'images.csv', dtype=str).image_id)=={'=cmd|x!A1','+1','@x','fine'}
     shutil.rmtree(d); d.mkdir()
     ds = stored(chest(64)); ds.PatientID = '=1+1'
     save(ds, d/'a.dcm')
-    assert main([str(model), str(d), '--out', str(tmp_path/'p')])==0 and "1 ids" in capsys.readouterr().err
+    assert main([str(model), str(d), '--out', str(tmp_path/'p')])==0 and 'run 1 of the ids' in capsys.readouterr().err
     shutil.rmtree(d); d.mkdir(); save(stored(chest(64)), d/'a.dcm')
     assert main([str(model), str(d), '--out', str(tmp_path/'q')])==0 and capsys.readouterr().err==''
 
