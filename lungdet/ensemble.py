@@ -51,7 +51,7 @@ def check_pred_tables(
         if missing := [c for c in pred_cols if c not in p]: raise ValueError(f"table {i} lacks {missing}, it has {list(p.columns)}; one table of predictions is needed for each model")
         num = p[[*XYXY,'score']].apply(pd.to_numeric, errors='coerce').astype(float)
         for c in ('image_id','label'):
-            complain(p[c].isin([o for o in p[c].unique() if not isinstance(o,str)]), p, f"table {i}: {c} is no text; was it read without dtype=dict({c}='string')?")
+            complain(p[c].isna()|p[c].isin([o for o in p[c].unique() if not isinstance(o,str)]), p, f"table {i}: {c} is no text; was it read without dtype=dict({c}='string')?")
         complain(~np.isfinite(num).all(axis=1), p, f"table {i}: a coordinate or score is not a number; an image without predictions has no row")
         complain((num.x2<=num.x1)|(num.y2<=num.y1), p, f"table {i}: x2 <= x1 or y2 <= y1; is this xywh?")
         complain(~num.score.between(0,1), p, f"table {i}: a score outside 0 to 1; in percent, or are these logits?")

@@ -39,7 +39,7 @@ def test_table(folder, recwarn):
     t = dicom_table(folder).set_index('image_id')
     assert sorted(t.index)==['1.2.840.5','old',*[f'study{i}' for i in range(5)]]
     r = t.loc['study0']
-    assert (r.patient_id,r.height,r.width,r.sex,r.view,r.spacing,r.status)==('P0',64,64,'F','AP',.2,'ok')
+    assert (r.patient_id,r.height,r.width,r.sex,r['view'],r.spacing,r.status)==('P0',64,64,'F','AP',.2,'ok')
     assert pd.isna(t.loc['study2','sex']) and pd.isna(t.loc['study2','view'])
     assert t.loc['old','status']=='failed' and 'old.dcm' in t.loc['old','reason']
     assert not recwarn.list
@@ -414,7 +414,7 @@ def test_command_interrupted(many, tmp_path):
 @needs_real
 def test_real_headers():
     t = dicom_table(REAL/'rsna'/'stage_2_train_images')
-    assert (t.status=='ok').all() and (t.patient_id==t.image_id).all() and set(t.view)=={'AP','PA'} and set(t.sex)=={'M','F'}
+    assert (t.status=='ok').all() and (t.patient_id==t.image_id).all() and set(t['view'])=={'AP','PA'} and set(t.sex)=={'M','F'}
     assert t.height.eq(1024).all() and t.age.dropna().between(1,100).all() and t.spacing.between(.1,.25).all()
 
 @needs_real
