@@ -61,7 +61,7 @@ def test_the_labels_of_inbreast(folder):
     assert len(ann)==16 and ann.images.patient_id.nunique()==4 and set(ann.images['view'])=={'CC','MLO'} and ann.classes==['Mass']
     for r in ann.images.itertuples():
         ds = dcmread(r.path)
-        assert (ds.Modality,ds.ImageLaterality,ds.ViewPosition,ds.PatientID,ds.BitsStored)==('MG',r.laterality,r['view'],'removed',12)
+        assert (ds.Modality,ds.ImageLaterality,ds.ViewPosition,ds.PatientID,ds.BitsStored)==('MG',r.laterality,r.view,'removed',12)
         assert len(ann.of(r.image_id))==len(describe_woman(int(r.image_id[2:])//4, 1).masses[r.laterality])
     assert (ann.images.birads[ann.images.image_id.isin(ann.boxes.image_id)]>='2').all()
     assert set(read_inbreast(folder, None).classes)<={'Mass','Calcification'}
