@@ -7,7 +7,8 @@ from lungdet.formats import Annotations
 from lungdet.splits import patients
 from lungdet.bootstrap import *
 from lungdet.bootstrap import FIGURES
-from tables import XYXY, random_case
+from lungdet.core import XYXY
+from tables import random_case
 
 def made(ann, p, w):
     "The resample that weights `w` describe: copies of pictures, in order, with ids of their own"
